@@ -1,0 +1,189 @@
+"""Guided sampling at real size: diffusers' pipeline against ours, in one process on one GPU, random weights.
+
+    python -m benchmarks.inference [--steps 5] [--scale-to 36] [--commit REV] [--output FILE]
+
+Both start from contexts at hand and end with frames in memory. `--steps` steps are measured, and the whole is
+scaled: seconds a step times `--scale-to`, plus what does not depend on steps (VAE encode and decode). The correctness
+check comes first: one prediction of the transformer, both in bfloat16, against float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
+from PIL import Image
+
+from benchmarks.real_checkpoint import TRANSFORMER_2B, bfloat16_on
+from benchmarks.training_step import clear, peak_gib
+from infer import denoise as loop
+from infer.cosmos25 import NoGuardrail
+from pipeline.demo.checkpoint import build_scheduler
+from train.activation import set_levels
+from train.dit import accelerate
+
+GUIDANCE = 7.0
+
+
+def build() -> Any:
+    """The pipeline without its text encoder, which no step needs."""
+    torch.manual_seed(0)
+    with bfloat16_on("cuda"):
+        transformer = CosmosTransformer3DModel(**TRANSFORMER_2B).eval().requires_grad_(False)
+        vae = AutoencoderKLWan().eval().requires_grad_(False)
+    pipe = Cosmos2_5_PredictBasePipeline(
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+        vae=vae,
+        scheduler=build_scheduler(),
+        safety_checker=NoGuardrail(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def check(transformer: CosmosTransformer3DModel, fast: CosmosTransformer3DModel, raw: torch.Tensor) -> str:
+    """Error of one prediction against float32; ours must not be larger than the stock forward's."""
+    shape = (1, 16, 6, 30, 52)
+    noisy = torch.randn(shape, device="cuda").bfloat16()
+    given = {
+        "hidden_states": noisy,
+        "timestep": torch.full((1, 1, 6, 1, 1), 0.5, device="cuda"),
+        "condition_mask": torch.zeros(1, 1, *shape[2:], device="cuda", dtype=torch.bfloat16),
+        "padding_mask": torch.zeros(1, 1, 240, 416, device="cuda", dtype=torch.bfloat16),
+        "encoder_hidden_states": raw,
+        "return_dict": False,
+    }
+    exact_model = copy.deepcopy(transformer).float()
+    floats = {name: value.float() if torch.is_tensor(value) else value for name, value in given.items()}
+    exact = exact_model(**floats)[0]
+    errors = {}
+    for name, model in (("stock", transformer), ("ours", fast)):
+        output = model(**given)[0].float()
+        errors[name] = float((output - exact).norm() / exact.norm())
+    if errors["ours"] > errors["stock"] * 1.02:
+        raise SystemExit(f"ours is less exact than stock bfloat16: {errors}")
+    return f"error of a prediction against float32: stock {errors['stock']:.4f}, ours {errors['ours']:.4f}"
+
+
+def seconds(call: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    begin = time.monotonic()
+    call()
+    torch.cuda.synchronize()
+    return time.monotonic() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--height", type=int, default=432)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--num-frames", type=int, default=93)
+    parser.add_argument("--steps", type=int, default=5, help="measured")
+    parser.add_argument("--scale-to", type=int, default=36)
+    parser.add_argument("--modes", default="text,image")
+    parser.add_argument("--no-batch", action="store_true", help="also time two predictions a step, one after the other")
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    pipe = build()
+    size = {"height": options.height, "width": options.width, "num_frames": options.num_frames}
+    generator = torch.Generator("cuda").manual_seed(1)
+    raws = [torch.randn(1, 512, 100_352, device="cuda", generator=generator).bfloat16() for _ in range(2)]
+    fast = copy.copy(pipe)
+    fast.transformer = accelerate(copy.deepcopy(pipe.transformer))
+    notes = [check(pipe.transformer, fast.transformer, raws[0])]
+    print(notes[0], flush=True)
+    blocks = list(fast.transformer.transformer_blocks)
+    set_levels(blocks, ["none"] * len(blocks), compiled=True)
+    with torch.no_grad():
+        contexts = [loop.project(fast.transformer, raw) for raw in raws]
+    image = Image.effect_noise((options.width, options.height), 64).convert("RGB")
+    pixels = pipe.video_processor.preprocess_video([image], options.height, options.width).cuda().bfloat16()
+
+    def stock(mode: str, steps: int) -> Any:
+        return pipe(
+            image=image if mode == "image" else None,
+            prompt_embeds=raws[0],
+            negative_prompt_embeds=raws[1],
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator("cpu").manual_seed(0),
+            output_type="np",
+            **size,
+        ).frames[0]
+
+    def ours(mode: str, steps: int) -> Any:
+        latents = loop.denoise(
+            fast,
+            contexts,
+            condition_BCTHW=pixels if mode == "image" else None,
+            num_steps=steps,
+            guidance=GUIDANCE,
+            generator=torch.Generator("cpu").manual_seed(0),
+            conditioning_timestep=0.0001,
+            on_step=lambda: None,
+            **size,
+        )
+        return loop.decode(fast, latents, options.num_frames)
+
+    rows = []
+    fits = loop._fits
+
+    def measure(name: str, mode: str, call: Callable[[str, int], Any]) -> None:
+        clear()
+        seconds(lambda: call(mode, 1))  # kernels are chosen, compiled and loaded
+        one = seconds(lambda: call(mode, 1))
+        many = seconds(lambda: call(mode, options.steps))
+        step = (many - one) / (options.steps - 1)
+        whole = one + step * (options.scale_to - 1)
+        rows.append((name, mode, step, one - step, whole, peak_gib()))
+        print(*rows[-1], flush=True)
+
+    for mode in options.modes.split(","):
+        measure("diffusers", mode, stock)
+        measure("ours", mode, ours)
+        if options.no_batch:
+            loop._fits = lambda *args: False
+            measure("ours, one prediction at a time", mode, ours)
+            loop._fits = fits
+    shape = (1, 16, (options.num_frames - 1) // 4 + 1, options.height // 8, options.width // 8)
+    kernel = loop._kernel_for(fast.transformer, torch.empty(shape, device="cuda"), 2)
+    notes.append(f"attention: {kernel}; {options.steps} steps measured, scaled to {options.scale_to}")
+    baselines = {row[1]: row[4] for row in rows if row[0] == "diffusers"}
+    lines = [
+        f"| {name} | {mode} | {step:.3f} | {rest:.2f} | {whole:.1f} | {peak:.1f} | {baselines[mode] / whole:.2f} |"
+        for name, mode, step, rest, whole, peak in rows
+    ]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
+    text = "\n\n".join(
+        [
+            f"# {options.scale_to}-step guided sampling at {options.height}x{options.width}x{options.num_frames}, bf16",
+            f"{torch.cuda.get_device_name()}, {packages}, {date.today()}, commit {options.commit}",
+            "\n".join(
+                [
+                    f"| pipeline | from | s/step | rest s | {options.scale_to} steps s | peak GiB | diffusers / this |",
+                    "|---|---|---|---|---|---|---|",
+                    *lines,
+                ]
+            ),
+            "\n".join(f"- {note}" for note in notes),
+        ]
+    )
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

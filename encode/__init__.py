@@ -1,0 +1,1 @@
+"""Stage 1: videos and captions become entries in the cache."""

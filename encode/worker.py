@@ -1,0 +1,273 @@
+"""The encoder: a shard task in, a committed manifest out. The same function under every executor.
+
+A worker owns one device and a pool of decoder processes. It holds one model at a time, the text encoder or the
+VAE, because a plan's context tasks all come before its latents tasks.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from encode.config import EncodeConfig
+from encode.decode import DecodeJob
+from encode.pool import DecodePool, DecoderLost
+from encode.probe import DecodeError
+from manifests.commit import commit_shard
+from manifests.config import ModelConfig
+from manifests.errors import CorruptError, LatentlineError
+from manifests.family import find_family
+from manifests.plan import ShardTask
+from manifests.schema import Kind, manifest_path
+from manifests.shards import Entry
+from manifests.store import Store
+from manifests.values import fault_of
+
+_log = logging.getLogger(__name__)
+
+_COMMIT_ATTEMPTS = 3
+_PACKAGES = ("torch", "diffusers", "transformers", "av", "safetensors", "webdataset")
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of a shard task.
+
+    rows: of the task. began: seconds since the epoch. entries: encoded. errors: (video or caption, error) of those
+    quarantined. bytes: of the entries' tensors. seconds: wall clock; of these, wait_seconds waiting for decoded
+    frames and encode_seconds in the encoder. truncated: captions longer than `encode.text_length`. committed: False
+    if another worker had committed the shard first; with no entries and no errors, before this one had begun.
+    """
+
+    shard_id: str
+    kind: str
+    rows: int
+    began: float
+    entries: int = 0
+    errors: tuple[tuple[str, str], ...] = ()
+    bytes: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    truncated: int = 0
+    committed: bool = False
+
+    @property
+    def quarantined(self) -> int:
+        return len(self.errors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oversight:
+    """How a caller takes part in a task.
+
+    check: called often, and at least every half second while waiting for frames; may raise to abandon the task.
+    starting: told the keys about to be encoded, and nothing when that is done. refused: errors by key, of rows
+    to quarantine without a try. alone: keys of captions to encode in a batch of their own.
+    """
+
+    check: Callable[[], None] = lambda: None
+    starting: Callable[[Sequence[str]], None] = lambda keys: None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    alone: Collection[str] = ()
+
+
+class ShardWorker:
+    """Encodes shard tasks on one device.
+
+    device: None means CUDA if there is one, else the CPU. footer: what every manifest records of the job; the
+    kind's fingerprint, package versions and the device are added to it.
+    """
+
+    def __init__(
+        self, model: ModelConfig, config: EncodeConfig, footer: Mapping[str, Any], device: str | None = None
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._footer = dict(footer)
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._family: ModuleType = find_family("encode", model)
+        self._store = Store(config.cache)
+        self._encoder: Any = None
+        self._pool: DecodePool | None = None
+
+    def run(self, task: ShardTask, oversight: Oversight = Oversight()) -> ShardReport:
+        """Encode a task and commit it, unless that is done already.
+
+        A row that cannot be decoded is quarantined; other errors, and what `oversight` raises, abandon the task.
+        """
+        begin, began = time.monotonic(), time.time()
+        if self._store.exists(manifest_path(task.kind, task.shard_id)):
+            return ShardReport(task.shard_id, task.kind, len(task.rows), began)
+        errors = {row["key"]: row["error"] or oversight.refused.get(row["key"]) for row in task.rows}
+        work = _Work(oversight, {key: error for key, error in errors.items() if error})
+        try:
+            (self._encode_latents if task.kind == "latents" else self._encode_contexts)(task.rows, work)
+        except torch.OutOfMemoryError as error:
+            size = "encode.text_batch" if task.kind == "context" else "encode.height, encode.width or encode.num_frames"
+            raise LatentlineError(f"{self._device}: not enough memory to encode {task.kind}; lower {size}") from error
+        work.refuse_faulty(task.kind)
+        won = self._commit(task, work, begin)
+        return ShardReport(
+            shard_id=task.shard_id,
+            kind=task.kind,
+            rows=len(task.rows),
+            began=began,
+            entries=len(work.entries),
+            errors=tuple((_name(row), work.errors[row["key"]]) for row in task.rows if row["key"] in work.errors),
+            bytes=sum(tensor.nbytes for entry in work.entries.values() for tensor in entry.tensors.values()),
+            seconds=time.monotonic() - begin,
+            wait_seconds=work.wait_seconds,
+            encode_seconds=work.encode_seconds,
+            truncated=work.truncated,
+            committed=won,
+        )
+
+    def close(self) -> None:
+        """Stop the decoder processes."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _encode_latents(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
+        encoder = self._load("VideoEncoder")
+        if self._pool is None:
+            self._pool = DecodePool(self._config.num_decoders, self._config.decode_timeout)
+        waited = self._pool.wait_seconds
+        rows = [row for row in rows if row["key"] not in work.errors]
+        check = work.oversight.check
+        for row, (job, frames) in zip(rows, self._pool.imap(map(_decode_job, rows), check=check), strict=True):
+            if isinstance(frames, DecoderLost):
+                # A busy machine can kill or slow a decoder too: once more before the video is blamed.
+                [(_, frames)] = self._pool.imap([job], check=check)
+            if isinstance(frames, DecodeError):
+                work.errors[row["key"]] = str(frames)
+                continue
+            with work.encoding(row["key"]):
+                latents_CTHW = encoder.encode(frames)
+            facts = {name: row[name] for name in _LATENTS_FACTS}
+            work.entries[row["key"]] = Entry(row["key"], {"latents": latents_CTHW}, facts)
+        work.wait_seconds = self._pool.wait_seconds - waited
+
+    def _encode_contexts(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
+        encoder = self._load("TextEncoder")
+        captions = [row for row in rows if row["caption"] is not None]
+        for row in rows:
+            if row["caption"] is None and row["key"] not in work.errors:
+                with work.encoding(row["key"]):
+                    null_LD = encoder.null()
+                work.entries[row["key"]] = Entry(row["key"], {"context": null_LD}, {"caption": None})
+        for batch in _batches(captions, self._config.text_batch, work):
+            with work.encoding(*(row["key"] for row in batch)):
+                contexts_BLD = encoder.encode([row["caption"] for row in batch])
+            for row, context_LD in zip(batch, contexts_BLD, strict=True):
+                tokens = encoder.num_tokens(row["caption"])
+                work.truncated += tokens > self._config.text_length
+                facts = {"caption": row["caption"], "tokens": tokens}
+                work.entries[row["key"]] = Entry(row["key"], {"context": context_LD.clone()}, facts)
+
+    def _commit(self, task: ShardTask, work: _Work, begin: float) -> bool:
+        """Commit what was encoded, writing anew what does not read back as it was written."""
+        seconds = {"seconds": round(time.monotonic() - begin, 3), "encode_seconds": round(work.encode_seconds, 3)}
+        for left in reversed(range(_COMMIT_ATTEMPTS)):
+            work.oversight.check()
+            try:
+                return commit_shard(
+                    self._store,
+                    kind=task.kind,
+                    shard_id=task.shard_id,
+                    inputs=task.rows,
+                    entries=work.entries,
+                    errors=work.errors,
+                    footer=self._footer_of(task.kind) | seconds,
+                )
+            except CorruptError as error:
+                if not left:
+                    raise
+                _log.warning("written again: %s", error)
+        raise AssertionError("unreachable")
+
+    def _load(self, name: str) -> Any:
+        if type(self._encoder).__name__ != name:
+            self._encoder = None
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._encoder = getattr(self._family, name)(self._model, self._config, self._device)
+        return self._encoder
+
+    def _footer_of(self, kind: str) -> dict[str, Any]:
+        parts = self._footer["fingerprints"][kind]
+        device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.processor()
+        packages = {name: version(name) for name in _PACKAGES}
+        rest = {name: value for name, value in self._footer.items() if name != "fingerprints"}
+        return {"fingerprint": parts, "packages": packages, "device": device, **rest}
+
+
+@dataclass
+class _Work:
+    """What a task has come to: entries and errors by key, and where the time went."""
+
+    oversight: Oversight
+    errors: dict[str, str]
+    entries: dict[str, Entry] = field(default_factory=dict)
+    wait_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    truncated: int = 0
+
+    @contextmanager
+    def encoding(self, *keys: str) -> Iterator[None]:
+        self.oversight.check()
+        self.oversight.starting(keys)
+        begin = time.monotonic()
+        yield
+        self.encode_seconds += time.monotonic() - begin
+        self.oversight.starting(())
+
+    def refuse_faulty(self, kind: Kind) -> None:
+        """Quarantine entries whose values no model makes on purpose."""
+        for key, entry in list(self.entries.items()):
+            fault = fault_of(kind, entry.tensors[kind])
+            if fault:
+                self.errors[key] = fault
+                del self.entries[key]
+
+
+def _batches(captions: list[dict[str, Any]], size: int, work: _Work) -> Iterator[list[dict[str, Any]]]:
+    """Batches as they are cut without oversight, since a batch may round otherwise than its parts."""
+    alone = work.oversight.alone
+    for begin in range(0, len(captions), size):
+        batch = [row for row in captions[begin : begin + size] if row["key"] not in work.errors]
+        together = [row for row in batch if row["key"] not in alone]
+        if together:
+            yield together
+        yield from ([row] for row in batch if row["key"] in alone)
+
+
+def _decode_job(row: Mapping[str, Any]) -> DecodeJob:
+    return DecodeJob(
+        path=Path(row["source"]),
+        first=row["start"],
+        num_frames=row["num_frames"],
+        fps=row["fps"],
+        start=row["clip_start"],
+        end=row["clip_end"],
+        height=row["height"],
+        width=row["width"],
+    )
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return row["source"] or f"caption {row['caption']!r}"
+
+
+_LATENTS_FACTS = ("source", "source_hash", "clip_start", "clip_end", "start", "num_frames", "fps", "height", "width")

@@ -1,0 +1,1 @@
+"""Stage 3: a base model and adapters make videos."""

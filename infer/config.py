@@ -1,0 +1,44 @@
+"""The `infer` section of a recipe."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from manifests.config import STRICT, Dtype
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdapterConfig:
+    """path: a folder with `pytorch_lora_weights.safetensors`, or that file. weight: its scale."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class InferConfig:
+    """How videos are generated.
+
+    output: folder the videos go to. inputs: a prompt, a `.png/.txt` folder, or a `.json`/`.jsonl` file.
+    adapters: by name; empty means the base model. fuse: merge adapters into the weights before generating.
+    height, width: pixels, divisible by 16. num_frames: 4k+1. fps: of the written MP4.
+    num_steps: denoising steps. guidance: g in v_c + g (v_c - v_u); 1 or less turns it off, as diffusers does.
+    negative_prompt: null means the model's default. seed: of the initial noise, drawn on the CPU.
+    conditioning_timestep: as in `train.objective`.
+    """
+
+    output: str = "videos"
+    inputs: str | None = None
+    adapters: dict[str, AdapterConfig] = Field(default_factory=dict)
+    fuse: bool = False
+    height: int = 704
+    width: int = 1280
+    num_frames: int = 93
+    fps: float = Field(default=16.0, gt=0)
+    num_steps: int = Field(default=36, ge=1)
+    guidance: float = Field(default=7.0, ge=0)
+    negative_prompt: str | None = None
+    seed: int = 0
+    conditioning_timestep: float = 0.0001
+    dtype: Dtype = "bfloat16"

@@ -1,0 +1,265 @@
+"""Cosmos-Predict2.5: all that is specific to this family when generating.
+
+A family file of `infer` has: DEFAULT_NEGATIVE_PROMPT, check_request, require_guardrail, load_pipeline,
+check_prompt, encode_prompt, release_text, generate_frames. The parts are those of diffusers'
+`Cosmos2_5_PredictBasePipeline`; its transformer gets the trainer's faster forward, and its loop is `infer.denoise`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import Cosmos2_5_PredictBasePipeline
+from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import DEFAULT_NEGATIVE_PROMPT
+from diffusers.utils import is_cosmos_guardrail_available
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from infer.denoise import PROJECTION, decode, denoise, project
+from infer.inputs import Request
+from infer.video import Frames, read_frames
+from manifests.config import ModelConfig
+from manifests.errors import LatentlineError, UsageError
+from train.activation import set_levels
+from train.dit import accelerate
+
+__all__ = [
+    "DEFAULT_NEGATIVE_PROMPT",
+    "SYSTEM_PROMPT",
+    "NoGuardrail",
+    "check_prompt",
+    "check_request",
+    "encode_prompt",
+    "generate_frames",
+    "load_pipeline",
+    "release_text",
+    "require_guardrail",
+]
+
+SYSTEM_PROMPT = "You are a helpful assistant who will provide prompts to an image generator."
+"""Of the chat the text encoder reads; the pipeline writes it itself."""
+
+SIZE_MULTIPLE = 16
+"""VAE stride 8 times the DiT's patch 2."""
+
+FRAME_STRIDE = 4
+TEXT_LENGTH = 512
+
+PIPELINE_CLASS = "Cosmos2_5_PredictBasePipeline"
+
+logger = logging.getLogger(__name__)
+
+
+class NoGuardrail:
+    """Stands where the pipeline wants a safety checker, and lets everything pass."""
+
+    def to(self, *args: object, **kwargs: object) -> NoGuardrail:
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+
+def check_request(request: Request) -> None:
+    """Raise UsageError unless the model can make this video."""
+    where = request.name
+    for side, size in (("height", request.height), ("width", request.width)):
+        if size <= 0 or size % SIZE_MULTIPLE:
+            near = _around(size, SIZE_MULTIPLE, 0)
+            raise UsageError(f"{where}: {side} = {size} is not divisible by {SIZE_MULTIPLE}; near: {near}")
+    if request.num_frames <= 0 or request.num_frames % FRAME_STRIDE != 1:
+        near = _around(request.num_frames, FRAME_STRIDE, 1)
+        raise UsageError(f"{where}: num_frames = {request.num_frames} is not 4k+1; near: {near}")
+    latent_frames = (request.num_frames - 1) // FRAME_STRIDE + 1
+    clean = request.num_latent_conditional_frames
+    allowed = (1, 2) if request.video else (1,) if request.image else (0,)
+    if clean not in allowed or (request.image and request.video):
+        kind = "a video" if request.video else "an image" if request.image else "text alone"
+        raise UsageError(f"{where}: {kind} gives {_either(allowed)} conditioning latent frames, not {clean}")
+    if clean and clean >= latent_frames:
+        raise UsageError(
+            f"{where}: num_frames = {request.num_frames} is {latent_frames} latent frames, all of them "
+            f"conditioning; the least is {FRAME_STRIDE * clean + 1}"
+        )
+
+
+def require_guardrail() -> None:
+    """Raise UsageError unless `cosmos_guardrail` is installed."""
+    if not is_cosmos_guardrail_available():
+        raise UsageError(
+            "cosmos_guardrail is not installed: `pip install cosmos_guardrail`, or pass --no-guardrail; the "
+            "NVIDIA Open Model License requires a guardrail, so without it you answer for providing one"
+        )
+
+
+def load_pipeline(
+    model: ModelConfig, *, dtype: torch.dtype, device: torch.device, guardrail: bool
+) -> Cosmos2_5_PredictBasePipeline:
+    """The pipeline on `device`, all parts in `dtype`, its transformer with the faster forward.
+
+    On CUDA the transformer's blocks are compiled, once for each size of video.
+    guardrail: check prompts and videos with NVIDIA's `cosmos_guardrail`; False lets everything pass.
+    Raises UsageError if the guardrail or the checkpoint is not there, or is of another class.
+    """
+    if guardrail:
+        require_guardrail()
+    _check_checkpoint(model)
+    checker = _build_guardrail() if guardrail else NoGuardrail()
+    with _quiet_about("safety_checker"):
+        pipe = Cosmos2_5_PredictBasePipeline.from_pretrained(
+            model.path, revision=model.revision, safety_checker=checker, dtype=dtype
+        )
+    pipe.set_progress_bar_config(disable=True)
+    blocks = accelerate(pipe.transformer).transformer_blocks
+    if device.type == "cuda":
+        set_levels(list(blocks), ["none"] * len(blocks), compiled=True)
+    return pipe.to(device)
+
+
+def check_prompt(pipe: Any, prompt: str) -> None:
+    """Raise LatentlineError if the guardrail rejects the prompt.
+
+    The pipeline does this only when it is given text, and it is given embeddings here.
+    """
+    if not pipe.safety_checker.check_text_safety(prompt):
+        raise LatentlineError(f"the guardrail rejects this prompt; change it: {prompt!r}")
+
+
+@torch.no_grad()
+def encode_prompt(pipe: Any, prompt: str) -> Tensor:
+    """The prompt's context, [1, 512, D] on the CPU: the text encoder's states, projected if the model projects."""
+    chat = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
+    num_tokens = len(pipe.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"])
+    if num_tokens > TEXT_LENGTH:
+        logger.warning("prompt cut to %d of its %d tokens: %.60s...", TEXT_LENGTH, num_tokens, prompt)
+    embeds_BLD, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)
+    return project(pipe.transformer, embeds_BLD).cpu()
+
+
+def release_text(pipe: Any) -> None:
+    """Free what only `encode_prompt` needs: the text encoder and the transformer's text projection."""
+    pipe.text_encoder = None
+    if hasattr(pipe.transformer, PROJECTION):
+        setattr(pipe.transformer, PROJECTION, torch.nn.Identity())
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def generate_frames(
+    pipe: Any,
+    request: Request,
+    context: Tensor,
+    negative_context: Tensor | None,
+    *,
+    conditioning_timestep: float,
+    on_step: Callable[[], None],
+) -> Frames:
+    """One video, uint8 [num_frames, height, width, 3].
+
+    context, negative_context: from `encode_prompt`, None where guidance is off (1 or less). conditioning_timestep:
+    of the clean frames, on the sigma scale; negative gives them the sigma of the others. on_step: called after each
+    denoising step. Noise is float32, drawn on the CPU from `request.seed`, so it is the same on every device.
+    """
+    frames = [_load_image(request)] if request.image else _load_video(request) if request.video else None
+    condition_BCTHW = None
+    if frames is not None:
+        pixels_BCTHW = pipe.video_processor.preprocess_video(frames, request.height, request.width)
+        condition_BCTHW = pixels_BCTHW.to(pipe.vae.device, pipe.vae.dtype)
+    latents_BCTHW = denoise(
+        pipe,
+        [part.to(pipe.vae.device) for part in (context, negative_context) if part is not None],
+        condition_BCTHW=condition_BCTHW,
+        height=request.height,
+        width=request.width,
+        num_frames=request.num_frames,
+        num_steps=request.num_steps,
+        guidance=request.guidance,
+        generator=torch.Generator("cpu").manual_seed(request.seed),
+        conditioning_timestep=conditioning_timestep,
+        on_step=on_step,
+    )
+    video_THWC = decode(pipe, latents_BCTHW, request.num_frames)
+    if not np.isfinite(video_THWC).all():
+        raise LatentlineError(f"{request.name}: the video is not finite; try dtype float32 or less guidance")
+    if isinstance(pipe.safety_checker, NoGuardrail):
+        return (video_THWC * 255.0).round().astype(np.uint8)
+    return pipe.safety_checker.to(pipe.vae.device).check_video_safety((video_THWC * 255.0).astype(np.uint8))
+
+
+def _check_checkpoint(model: ModelConfig) -> None:
+    path = Path(model.path)
+    is_hub_id = not path.exists() and not path.is_absolute() and len(path.parts) == 2 and path.parts[0] != ".."
+    if not is_hub_id and not (path / "model_index.json").is_file():
+        raise UsageError(f"model.path: {model.path} has no model_index.json; give a diffusers folder or a hub id")
+    try:
+        index = Cosmos2_5_PredictBasePipeline.load_config(model.path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"model.path: cannot load {model.path} at revision {model.revision}: {reason}") from error
+    if index["_class_name"] != PIPELINE_CLASS:
+        raise UsageError(f"model.path: {model.path} is a {index['_class_name']}, not a {PIPELINE_CLASS}")
+
+
+def _build_guardrail() -> Any:
+    from cosmos_guardrail import CosmosSafetyChecker
+
+    class Guardrail(CosmosSafetyChecker):
+        def check_video_safety(self, frames: Frames) -> Frames:
+            checked = super().check_video_safety(frames)
+            if checked is None:
+                raise LatentlineError("the guardrail rejects the generated video; change the prompt or seed")
+            return checked
+
+    return Guardrail()
+
+
+@contextmanager
+def _quiet_about(word: str) -> Iterator[None]:
+    """Drop diffusers' loading warnings that mention `word`: NoGuardrail is of another type on purpose."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return word not in record.getMessage()
+
+    loader = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    loader.addFilter(keep)
+    try:
+        yield
+    finally:
+        loader.removeFilter(keep)
+
+
+def _load_image(request: Request) -> Image.Image:
+    """The image stretched to the video's size, bilinear, as training frames are."""
+    assert request.image is not None
+    try:
+        with Image.open(request.image) as image:
+            return image.convert("RGB").resize((request.width, request.height), Image.Resampling.BILINEAR)
+    except (OSError, UnidentifiedImageError) as error:
+        raise LatentlineError(f"{request.image}: cannot read this image") from error
+
+
+def _load_video(request: Request) -> list[Image.Image]:
+    """The video's last frames that become `num_latent_conditional_frames` latent frames."""
+    assert request.video is not None
+    needed = FRAME_STRIDE * (request.num_latent_conditional_frames - 1) + 1
+    frames = read_frames(request.video, last=needed)
+    if len(frames) < needed:
+        raise LatentlineError(f"{request.video}: {len(frames)} frames, conditioning needs {needed}")
+    return [Image.fromarray(frame) for frame in frames]
+
+
+def _around(size: int, stride: int, offset: int) -> str:
+    """The nearest valid sizes below and above."""
+    below = (size - offset) // stride * stride + offset
+    least = offset or stride
+    return _either(sorted({max(below, least), max(below + stride, least)}))
+
+
+def _either(values: Iterable[int]) -> str:
+    return " or ".join(str(value) for value in values)

@@ -1,0 +1,30 @@
+"""The model section of a recipe, shared by every stage, and what all sections have in common."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid")
+Dtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """The base checkpoint: a diffusers folder or a Hugging Face id.
+
+    path: local folder with `model_index.json`, or a hub id such as `nvidia/Cosmos-Predict2.5-2B`.
+    revision: hub branch, tag or commit; ignored for a local folder.
+    family: which `<stage>/<family>.py` knows this model; dots are dropped and dashes become underscores
+        to find the file (`cosmos2.5` -> `cosmos25`).
+    """
+
+    path: str
+    revision: str | None = None
+    family: str = "cosmos2.5"
+
+    @property
+    def family_module(self) -> str:
+        return self.family.replace(".", "").replace("-", "_")

@@ -1,0 +1,114 @@
+"""Digests of model weights: what a producer of entries is recognised by.
+
+A digest covers tensors as they are stored (name, dtype, shape, bytes), not the files they are split into, so
+the same weights give the same digest after a re-shard or a move.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from manifests.config import ModelConfig
+from manifests.errors import UsageError
+from manifests.keys import KEY_DIGITS, digest, file_digest
+
+_MEMO_VERSION = 1
+
+
+def component_folder(model: ModelConfig, name: str) -> Path:
+    """Return the local folder of one component (`vae`, `transformer`, ...), downloading it from the hub if
+    `model.path` is a hub id. Raises `UsageError` when there is none."""
+    local = Path(model.path).expanduser()
+    if local.is_dir():
+        folder = local / name
+        if not folder.is_dir():
+            raise UsageError(f"model.path {model.path!r} has no {name!r} folder; is it a diffusers checkpoint?")
+        return folder
+    if local.is_absolute() or model.path.startswith((".", "~")):
+        raise UsageError(f"model.path {model.path!r}: no such folder")
+    try:
+        root = snapshot_download(model.path, revision=model.revision, allow_patterns=[f"{name}/*"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"model.path {model.path!r} (revision {model.revision!r}): neither a local folder nor a model the hub "
+            f"gives: {reason}"
+        ) from error
+    folder = Path(root) / name
+    if not folder.is_dir():
+        raise UsageError(f"model.path {model.path!r} (revision {model.revision!r}) has no {name!r} folder")
+    return folder
+
+
+def weights_digest(folder: Path, prefix: str = "") -> str:
+    """Hash the safetensors weights in `folder` whose names start with `prefix`.
+
+    Remembered in the user's cache folder by path, size and modification time of the files, since a text
+    encoder's 16 GB take a while. Raises `UsageError` if no tensor matches.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    memo = _memo_folder() / f"{digest([_MEMO_VERSION, stamps, prefix])}.json"
+    if memo.is_file():
+        return str(json.loads(memo.read_text())["digest"])
+    tensors: dict[str, tuple[Path, dict, int]] = {}
+    for file in files:
+        header, base = _header(file)
+        for name, spec in header.items():
+            if name != "__metadata__" and name.startswith(prefix):
+                tensors[name] = (file, spec, base)
+    if not tensors:
+        what = f"no tensor named {prefix}*" if prefix else "no safetensors weights"
+        raise UsageError(f"{folder}: {what}")
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        file, spec, base = tensors[name]
+        state.update(json.dumps([name, spec["dtype"], spec["shape"]]).encode())
+        begin, end = spec["data_offsets"]
+        _update_from_file(state, file, base + begin, end - begin)
+    result = state.hexdigest()[:KEY_DIGITS]
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as file_:
+        json.dump({"digest": result, "folder": str(folder)}, file_)
+    os.replace(file_.name, memo)
+    return result
+
+
+def files_digest(folder: Path, patterns: tuple[str, ...]) -> str:
+    """Hash the small files in `folder` that match one of the patterns, by name and bytes."""
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    if not files:
+        raise UsageError(f"{folder}: none of {', '.join(patterns)}")
+    return digest([[file.name, file_digest(file)] for file in files])
+
+
+def _header(file: Path) -> tuple[dict, int]:
+    size = file.stat().st_size
+    with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > min(size, 100_000_000):
+            raise UsageError(f"{file}: not a safetensors file")
+        return json.loads(handle.read(length)), 8 + length
+
+
+def _update_from_file(state: hashlib._Hash, file: Path, offset: int, size: int) -> None:
+    with open(file, "rb") as handle:
+        handle.seek(offset)
+        while size > 0:
+            chunk = handle.read(min(size, 1 << 22))
+            if not chunk:
+                raise UsageError(f"{file}: ends before its header says it does")
+            state.update(chunk)
+            size -= len(chunk)
+
+
+def _memo_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "latentline" / "digests"

@@ -1,0 +1,116 @@
+"""Content addresses: a key is the hash of everything that determines an entry's bytes, and of nothing else.
+
+Paths, worker counts, shard sizes and training settings never enter a key, so moving data or changing the
+trainer invalidates nothing. Keys are 40 hex digits (160 bits of SHA-256) and safe as WebDataset names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+KEY_DIGITS = 40
+_CHUNK_BYTES = 1 << 20
+
+
+def digest(value: Any) -> str:
+    """Hash a JSON-like value: equal values give equal digests on every machine.
+
+    Floats are written with Python's shortest exact form, mappings sorted by key. NaN and other types raise
+    `ValueError` or `TypeError`.
+    """
+    return hashlib.sha256(_text(value).encode()).hexdigest()[:KEY_DIGITS]
+
+
+def table_digest(head: Any, columns: Iterable[Iterable[Sequence[Any]]]) -> str:
+    """Return `digest([head, columns])`, where each column is given piece by piece and never held whole."""
+    state = hashlib.sha256(f"[{_text(head)},[".encode())
+    for number, pieces in enumerate(columns):
+        state.update(b",[" if number else b"[")
+        written = False
+        for piece in pieces:
+            if len(piece):
+                state.update(("," if written else "").encode() + _text(piece)[1:-1].encode())
+                written = True
+        state.update(b"]")
+    state.update(b"]]")
+    return state.hexdigest()[:KEY_DIGITS]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def file_digest(path: Path) -> str:
+    """Hash a file's bytes."""
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()[:KEY_DIGITS]
+
+
+def checksum(payload: bytes | memoryview) -> str:
+    """SHA-256 of an entry's bytes, as 64 hex digits."""
+    return hashlib.sha256(payload).hexdigest()
+
+
+def latents_keys(
+    *,
+    source_hash: str,
+    starts: Iterable[int],
+    num_frames: int,
+    fps: float | None,
+    height: int,
+    width: int,
+    fingerprint: str,
+    clip: tuple[float, float | None] | None = None,
+) -> list[str]:
+    """Name the latents of some windows of one video.
+
+    starts: first frames, counted at `fps` (source frames where `fps` is None) from the start of `clip`.
+    clip: (start, end) seconds of the part of the source that windows are taken from; None is all of it.
+    fingerprint: digest of the producer's parts (VAE weights, normalisation, dtype, preprocessing).
+    """
+    fields = {
+        "kind": "latents",
+        "source": source_hash,
+        "clip": clip,
+        "num_frames": num_frames,
+        "fps": None if fps is None else float(fps),
+        "size": [height, width],
+        "fingerprint": fingerprint,
+        "format": FORMAT_VERSION,
+    }
+    # "start" sorts last, so windows differ in the tail of the hashed text alone: the rest is hashed once.
+    head = hashlib.sha256(_text(fields)[:-1].encode())
+    keys = []
+    for start in starts:
+        state = head.copy()
+        state.update(f',"start":{start:d}}}'.encode())
+        keys.append(state.hexdigest()[:KEY_DIGITS])
+    return keys
+
+
+def latents_key(*, start: int, **window: Any) -> str:
+    """Name the latents of one window; the arguments are those of `latents_keys`."""
+    return latents_keys(starts=[start], **window)[0]
+
+
+def context_key(*, caption: str | None, fingerprint: str) -> str:
+    """Name the context of one caption; `caption=None` is the null context (dropped text)."""
+    return digest({"kind": "context", "caption": caption, "fingerprint": fingerprint, "format": FORMAT_VERSION})
+
+
+def sample_id(*, dataset: str, latents: str, context: str) -> str:
+    """Name a training sample by what it is made of."""
+    return digest({"dataset": dataset, "latents": latents, "context": context})
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """Hash the parts that describe a producer of entries."""
+    return digest(dict(parts))

@@ -1,0 +1,140 @@
+"""A read-through copy of a cache's entries on this machine's own disk.
+
+It keeps ranges, one file an entry, not whole shards: training order jumps between shards from sample to sample, so
+whole shards would fetch a hundred entries to use one, while a range costs what the read would have cost anyway. Tars
+never change under their name, so a range is known by the tar's path, its offset and its size.
+
+Any number of processes share a folder. Files appear whole (written aside, then renamed), begin with a CRC-32 of the
+rest, and are dropped and fetched again when it does not match. The oldest used go first when the folder is full.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+from manifests.errors import UsageError
+from manifests.store import MAX_RETRIES, Store
+
+_log = logging.getLogger(__name__)
+
+_CHECK_BYTES = 4
+_KEEP = 0.9  # of the limit, after an eviction
+_STEP = 128  # a process looks at the whole folder after writing one part of this many of the limit
+_STALE_SECONDS = 3600.0
+
+
+class CachedStore(Store):
+    """A `Store` whose range reads are kept in `folder`, at most `limit_bytes` of them.
+
+    The limit holds for up to a dozen processes that write at once. A disk that is full or breaks costs a warning and
+    the copy, never the read. Raises `UsageError` if the folder cannot be made.
+    """
+
+    def __init__(self, url: str, folder: str | Path, limit_bytes: int, *, max_retries: int = MAX_RETRIES) -> None:
+        super().__init__(url, max_retries=max_retries)
+        self.folder = Path(folder).expanduser().resolve()
+        self.limit_bytes = limit_bytes
+        self.hits = 0
+        self.misses = 0
+        self._lock = threading.Lock()
+        self._unseen = 0
+        self._warned = False
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"train.local_cache {str(folder)!r}: {error.strerror or error}") from error
+        self._evict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (CachedStore, (self.url, self.folder, self.limit_bytes))
+
+    def read_range(self, path: str, offset: int, size: int) -> bytes:
+        file = self._file(path, offset, size)
+        data = self._kept(file, size)
+        with self._lock:
+            self.hits += data is not None
+            self.misses += data is None
+        if data is None:
+            data = super().read_range(path, offset, size)
+            self._keep(file, data)
+        return data
+
+    def _file(self, path: str, offset: int, size: int) -> Path:
+        name = hashlib.sha256(f"{self.url}\n{path}\n{offset}\n{size}".encode()).hexdigest()[:40]
+        return self.folder / name[:2] / name
+
+    def _kept(self, file: Path, size: int) -> bytes | None:
+        try:
+            stored = file.read_bytes()
+            os.utime(file)
+        except OSError:
+            return None
+        data = stored[_CHECK_BYTES:]
+        if len(data) == size and stored[:_CHECK_BYTES] == _check(data):
+            return data
+        file.unlink(missing_ok=True)
+        return None
+
+    def _keep(self, file: Path, data: bytes) -> None:
+        if len(data) > self.limit_bytes * (1 - _KEEP):
+            return
+        try:
+            file.parent.mkdir(exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as aside:
+                try:
+                    aside.write(_check(data))
+                    aside.write(data)
+                    aside.flush()
+                    os.replace(aside.name, file)
+                except OSError:
+                    os.unlink(aside.name)
+                    raise
+        except OSError as error:
+            if not self._warned:
+                _log.warning("train.local_cache %s: %s; going on without it", self.folder, error.strerror or error)
+            self._warned = True
+            return
+        with self._lock:
+            self._unseen += len(data)
+            full = self._unseen > self.limit_bytes / _STEP
+        if full:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Remove the longest unused files if there are too many; one process at a time, the others go on."""
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+            with self._lock:
+                self._unseen = 0
+            kept = []
+            for file in self.folder.glob("??/*"):
+                try:
+                    stat = file.stat()
+                except FileNotFoundError:
+                    continue
+                if file.name.startswith(".") and time.time() - stat.st_mtime > _STALE_SECONDS:
+                    file.unlink(missing_ok=True)
+                else:
+                    kept.append((stat.st_mtime_ns, stat.st_size, file))
+            size = sum(entry[1] for entry in kept)
+            for _, file_size, file in sorted(kept) if size > self.limit_bytes * _KEEP else ():
+                file.unlink(missing_ok=True)
+                size -= file_size
+                if size <= self.limit_bytes * _KEEP:
+                    break
+
+
+def _check(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(_CHECK_BYTES, "little")

@@ -1,0 +1,272 @@
+"""Snapshots: a frozen, sorted list of samples, named by a hash of what they are made of.
+
+A run trains on exactly one snapshot. Its hash covers which samples it holds, in order, and not where their
+entries lie, so the same data encoded twice, anywhere, is the same snapshot and trains in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from manifests.cache import Cache, is_first
+from manifests.errors import LatentlineError, UsageError
+from manifests.keys import FORMAT_VERSION, sample_id, table_digest
+from manifests.schema import KINDS, OK, SNAPSHOT, SNAPSHOT_IDENTITY, snapshot_name_path, snapshot_path
+from manifests.shards import Location
+from manifests.store import Store
+from manifests.tables import read_table, table_bytes
+
+_LOCATED = ("key", "status", "shard", "offset", "size", "checksum", "shape")
+_PLACES = {f"{kind}_{name}" for kind in KINDS for name in ("shard", "offset", "size", "checksum")} | {"latents_shape"}
+_REPEATED = (
+    "dataset", "context_key", "source", "source_hash", "caption", "latents_shard", "context_shard", "context_checksum",
+)  # fmt: skip
+_PIECE = 65_536
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one training step consumes. latents_shape: (C, T, H, W) in latent frames and latent pixels."""
+
+    sample_id: str
+    latents: Location
+    context: Location
+    latents_shape: tuple[int, ...]
+    dataset: str
+    source: str
+    caption: str
+
+
+class Snapshot:
+    """A snapshot in memory.
+
+    fingerprints: the producers' parts, by kind. null_context: the context of dropped text.
+    negative_contexts: contexts of negative prompts, by prompt.
+    """
+
+    def __init__(self, snapshot_hash: str, table: pa.Table, footer: Mapping[str, Any]) -> None:
+        self.hash = snapshot_hash
+        self.table = table
+        self.fingerprints: dict[str, dict[str, Any]] = footer["fingerprints"]
+        self.null_context = Location(**footer["null_context"])
+        self.negative_contexts = {
+            prompt: Location(**location) for prompt, location in footer["negative_contexts"].items()
+        }
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.table)
+
+    @property
+    def shapes(self) -> dict[tuple[int, ...], int]:
+        """Samples in each bucket, by latent shape (C, T, H, W)."""
+        counts: dict[tuple[int, ...], int] = {}
+        for shape in self.table["latents_shape"].to_pylist():
+            counts[tuple(shape)] = counts.get(tuple(shape), 0) + 1
+        return counts
+
+    def sample(self, index: int) -> Sample:
+        row = self.table.slice(index, 1).to_pylist()[0]
+        return Sample(
+            sample_id=row["sample_id"],
+            latents=_location(row, "latents_"),
+            context=_location(row, "context_"),
+            latents_shape=tuple(row["latents_shape"]),
+            dataset=row["dataset"],
+            source=row["source"],
+            caption=row["caption"],
+        )
+
+
+@dataclass(frozen=True)
+class SnapshotCounts:
+    """samples: kept. quarantined: left out because a window or caption is. duplicates: equal samples merged."""
+
+    samples: int
+    quarantined: int
+    duplicates: int
+
+
+def build_snapshot(
+    cache: Cache,
+    samples: pa.Table,
+    *,
+    name: str,
+    fingerprints: Mapping[str, Mapping[str, Any]],
+    null_key: str,
+    negative_keys: Mapping[str, str],
+) -> tuple[Snapshot, SnapshotCounts]:
+    """Freeze samples whose entries are committed, and point `name` at the result.
+
+    samples: one row a window, with the columns of `SNAPSHOT` up to `caption` except `sample_id`.
+    Raises `LatentlineError` if an entry is neither committed nor quarantined, or if no sample is left.
+    """
+    check_name(name)
+    places = {kind: _Places(cache, kind, samples[f"{kind}_key"]) for kind in KINDS}
+    statuses = [places[kind].column("status") for kind in KINDS]
+    unknown = pc.or_(pc.is_null(statuses[0]), pc.is_null(statuses[1]))
+    missing = pc.sum(unknown).as_py() or 0
+    if missing:
+        source = samples["source"][pc.index(unknown, True).as_py()].as_py()
+        raise LatentlineError(
+            f"cache {cache.url!r}: {missing} of {len(samples)} samples are not encoded yet (first: {source}); "
+            "run `latentline encode` again"
+        )
+    good = pc.and_(pc.equal(statuses[0], OK), pc.equal(statuses[1], OK))
+    num_good = pc.sum(good).as_py() or 0
+    if not num_good:
+        raise LatentlineError(f"cache {cache.url!r}: every one of the {len(samples)} samples is quarantined")
+    footer = {
+        "format": FORMAT_VERSION,
+        "fingerprints": {kind: dict(parts) for kind, parts in fingerprints.items()},
+        "null_key": null_key,
+        "negative_keys": dict(negative_keys),
+        **_fixed_contexts(cache, places["context"].index, null_key, negative_keys),
+    }
+    ids = _sample_ids(samples)
+    order = pc.sort_indices(
+        pa.table([ids, samples["source"]], ["id", "source"]), [(n, "ascending") for n in ("id", "source")]
+    )
+    order = order.filter(good.take(order))
+    order = order.filter(is_first(ids.take(order).combine_chunks()))
+    columns = {"sample_id": ids.take(order)}
+    columns |= {
+        name: _compact(samples[name], name).take(order) for name in SNAPSHOT.names if name in samples.column_names
+    }
+    for kind in KINDS:
+        columns |= places.pop(kind).columns(order)
+    table = pa.table([columns[name] for name in SNAPSHOT.names], SNAPSHOT.names).combine_chunks()
+    snapshot_hash = write_snapshot(cache.store, table, footer, name)
+    counts = SnapshotCounts(len(table), len(samples) - num_good, num_good - len(table))
+    return Snapshot(snapshot_hash, table, footer), counts
+
+
+class _Places:
+    """Where the entries of some keys lie: the cache's index of a kind, and each key's row in it, null if unknown."""
+
+    def __init__(self, cache: Cache, kind: str, keys: pa.ChunkedArray) -> None:
+        self._kind = kind
+        self.index = cache.index(kind, _LOCATED, dictionary=["shard"])
+        self._rows = pc.index_in(keys, value_set=self.index["key"]).combine_chunks()
+
+    def column(self, name: str, order: pa.Array | None = None) -> pa.ChunkedArray:
+        column = self.index[name] if order is None else _compact(self.index[name], f"{self._kind}_{name}")
+        return column.take(self._rows if order is None else self._rows.take(order))
+
+    def columns(self, order: pa.Array) -> dict[str, pa.ChunkedArray]:
+        """The columns of `SNAPSHOT` that say where the entries are, for keys taken in an order."""
+        names = [name for name in _LOCATED if f"{self._kind}_{name}" in _PLACES]
+        return {f"{self._kind}_{name}": self.column(name, order) for name in names}
+
+
+def _compact(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """A column with each value held once, if it is one that repeats its values."""
+    return pa.chunked_array([column.combine_chunks().dictionary_encode()]) if name in _REPEATED else column
+
+
+def write_snapshot(store: Store, table: pa.Table, footer: Mapping[str, Any], name: str) -> str:
+    """Freeze rows that are in order (columns of `SNAPSHOT`), point `name` at them, and return the snapshot's hash."""
+    check_name(name)
+    snapshot_hash = hash_rows(table)
+    store.write(snapshot_path(snapshot_hash), table_bytes(table, footer, SNAPSHOT))
+    store.write(snapshot_name_path(name), json.dumps({"snapshot": snapshot_hash}).encode())
+    return snapshot_hash
+
+
+def hash_rows(table: pa.Table) -> str:
+    """Name a snapshot by what its rows identify."""
+    columns = ((piece.to_pylist() for piece in _pieces(table[column])) for column in SNAPSHOT_IDENTITY)
+    return table_digest(FORMAT_VERSION, columns)
+
+
+def check_name(name: str) -> None:
+    """Raise `UsageError` unless `name` can name a snapshot."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"snapshot name {name!r}: use letters, digits, '.', '_' and '-'")
+
+
+def _pieces(column: pa.ChunkedArray) -> Iterator[pa.ChunkedArray]:
+    for begin in range(0, len(column), _PIECE):
+        yield column.slice(begin, _PIECE)
+
+
+def _sample_ids(rows: pa.Table) -> pa.ChunkedArray:
+    columns = [_pieces(rows[name]) for name in ("dataset", "latents_key", "context_key")]
+    pieces = [
+        [sample_id(dataset=dataset, latents=a, context=b) for dataset, a, b in zip(*map(_values, piece), strict=True)]
+        for piece in zip(*columns, strict=True)
+    ]
+    return pa.chunked_array([pa.array(ids, pa.string()) for ids in pieces], pa.string())
+
+
+def _values(piece: pa.ChunkedArray) -> list[Any]:
+    return piece.to_pylist()
+
+
+def relocate(cache: Cache, snapshot_hash: str) -> bool:
+    """Point a snapshot at where its entries lie now; say whether that changed it and could be done.
+
+    What a snapshot is named after does not change, so neither does the order anyone trains in.
+    """
+    path = snapshot_path(snapshot_hash)
+    table, footer = read_table(cache.store.read(path), SNAPSHOT, f"{cache.url}/{path}")
+    if hash_rows(table) != snapshot_hash:
+        return False
+    places = {kind: _Places(cache, kind, table[f"{kind}_key"]) for kind in KINDS}
+    everything = pa.array(np.arange(len(table)))
+    columns = {name: table[name] for name in SNAPSHOT.names}
+    columns |= places["latents"].columns(everything) | places["context"].columns(everything)
+    moved = pa.table([columns[name] for name in SNAPSHOT.names], SNAPSHOT.names).cast(SNAPSHOT)
+    if moved["latents_shard"].null_count or moved["context_shard"].null_count:
+        return False
+    try:
+        fixed = _fixed_contexts(cache, places["context"].index, footer["null_key"], footer["negative_keys"])
+    except LatentlineError:
+        return False
+    if moved.equals(table) and footer == footer | fixed:
+        return False
+    cache.store.write(path, table_bytes(moved, footer | fixed))
+    return True
+
+
+def load_snapshot(store: Store, name: str) -> Snapshot:
+    """Load a snapshot by its name or its hash; `UsageError` lists the names there are."""
+    snapshot_hash = name
+    if store.exists(snapshot_name_path(name)):
+        snapshot_hash = json.loads(store.read(snapshot_name_path(name)))["snapshot"]
+    path = snapshot_path(snapshot_hash)
+    try:
+        data = store.read(path)
+    except FileNotFoundError:
+        names = [item.path.split("/")[-1][:-5] for item in store.list("snapshots") if item.path.endswith(".json")]
+        known = f"it has {', '.join(names)}" if names else "it has none; run `latentline encode`"
+        raise UsageError(f"cache {store.url!r} has no snapshot {name!r}; {known}") from None
+    table, footer = read_table(data, SNAPSHOT, f"{store.url}/{path}", dictionary=_REPEATED)
+    return Snapshot(snapshot_hash, table.unify_dictionaries().combine_chunks(), footer)
+
+
+def _location(row: Mapping[str, Any], prefix: str) -> Location:
+    return Location(row[f"{prefix}shard"], row[f"{prefix}offset"], row[f"{prefix}size"], row[f"{prefix}checksum"])
+
+
+def _fixed_contexts(
+    cache: Cache, contexts: pa.Table, null_key: str, negative_keys: Mapping[str, str]
+) -> dict[str, Any]:
+    negative = {prompt: asdict(_index_location(cache, contexts, key)) for prompt, key in negative_keys.items()}
+    return {"null_context": asdict(_index_location(cache, contexts, null_key)), "negative_contexts": negative}
+
+
+def _index_location(cache: Cache, index: pa.Table, key: str) -> Location:
+    row = pc.index(index["key"], key).as_py()
+    if row < 0 or index["status"][row].as_py() != OK:
+        raise LatentlineError(f"cache {cache.url!r}: context {key} is not encoded yet; run `latentline encode` again")
+    return _location(index.slice(row, 1).to_pylist()[0], "")

@@ -1,0 +1,1 @@
+"""What ties the stages: the command line, recipes, launching, the demo."""

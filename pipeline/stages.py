@@ -1,0 +1,247 @@
+"""Each stage as the command line runs it: a recipe in, a result to print out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import TaskID
+
+from encode.job import EncodePlan, finish_encode, plan_encode, run_encode
+from encode.naming import Clip
+from encode.stopping import Stop, stop_on_signal
+from encode.throughput import throughput
+from encode.worker import ShardReport
+from infer.config import AdapterConfig
+from manifests.cache import Cache
+from manifests.errors import EXIT_DONE, EXIT_QUARANTINED, UsageError
+from manifests.family import find_family
+from manifests.local_cache import CachedStore
+from manifests.schema import KINDS
+from manifests.snapshot import load_snapshot
+from pipeline.array import array_expression, array_tasks, missing_tasks, plan_array
+from pipeline.recipe import Recipe, resolved, write_resolved
+from pipeline.report import human_bytes, log, progress_bar, quiet_libraries, track
+
+_SHOWN_ERRORS = 5
+
+
+def encode_stage(
+    recipe: Recipe,
+    *,
+    index: int = 0,
+    total: int | None = 1,
+    dry_run: bool = False,
+    retry_quarantined: bool = False,
+) -> tuple[dict[str, Any], int]:
+    """Plan, encode, snapshot. Returns the result and the exit code (0, or 3 if inputs are quarantined).
+
+    index, total: which array task this is; total None: of as many as the job was planned for. The task that finds
+    nothing missing at its end freezes the snapshot. Raises `Preempted` after SIGTERM, SIGUSR1 or SIGINT.
+    """
+    with stop_on_signal() as stop:
+        planned = plan_stage(recipe, stop, create=not dry_run, retry_quarantined=retry_quarantined)
+        if dry_run:
+            return _dry_run(planned), EXIT_DONE
+        log(_plan_line(planned))
+        total = array_tasks(planned) if total is None else total
+        if index >= total:
+            raise UsageError(f"--task {index}: the job was planned for the tasks 0 to {total - 1}")
+        reports = _run_with_progress(recipe, planned, index, total, stop)
+    if total > 1 and (missing := _still_missing(planned)):
+        log(f"task {index} of {total} is done; {missing} entries are left to the other tasks")
+        return {"cache": recipe.encode.cache, "task": f"{index}/{total}", "entries_missing": missing}, EXIT_DONE
+    result = finish_encode(recipe.encode, planned, reports)
+    for line in _failure_lines(result.quarantined)[:_SHOWN_ERRORS]:
+        log(f"quarantined: {line}")
+    if len(result.quarantined) > _SHOWN_ERRORS:
+        log(f"quarantined: {len(result.quarantined) - _SHOWN_ERRORS} more")
+    if result.truncated:
+        log(f"{result.truncated} captions are longer than encode.text_length and were cut")
+    summary = {
+        "cache": recipe.encode.cache,
+        "snapshot": result.snapshot.hash,
+        "name": recipe.encode.snapshot,
+        "samples": result.counts.samples,
+        "encoded": result.encoded,
+        "reused": {kind: planned.wanted[kind] - planned.missing[kind] for kind in KINDS},
+        "quarantined_videos": len(result.quarantined),
+        "duplicate_samples": result.counts.duplicates,
+        "truncated_captions": result.truncated,
+        **throughput(reports),
+    }
+    return summary, EXIT_QUARANTINED if result.quarantined else EXIT_DONE
+
+
+def plan_stage(recipe: Recipe, stop: Stop, *, create: bool, retry_quarantined: bool = False) -> EncodePlan:
+    """Look at the videos and plan what is missing; `stop` may end it between two videos."""
+    quiet_libraries()
+
+    def watched(items: Iterable[Any], total: int) -> Iterator[Any]:
+        for item in track("reading videos")(items, total):
+            stop.check()
+            yield item
+
+    return plan_encode(
+        recipe.model,
+        recipe.data,
+        recipe.encode,
+        resolved(recipe),
+        create=create,
+        retry_quarantined=retry_quarantined,
+        track=watched,
+    )
+
+
+def array_stage(recipe: Recipe, *, tasks: int | None, retry_quarantined: bool = False) -> dict[str, Any]:
+    """Plan a job for an array of `tasks`; with None, say which tasks of the array it was planned for have work left."""
+    with stop_on_signal() as stop:
+        planned = plan_stage(recipe, stop, create=True, retry_quarantined=retry_quarantined)
+    if not planned.plan.num_entries:
+        log("nothing is missing; `latentline encode` freezes the snapshot if there is none yet")
+    if tasks is not None:
+        return plan_array(planned, tasks)
+    return {
+        "cache": recipe.encode.cache,
+        "entries_missing": planned.missing,
+        "shards": planned.num_shards,
+        "tasks": array_tasks(planned),
+        "array": array_expression(missing_tasks(planned, array_tasks(planned))),
+    }
+
+
+def train_stage(recipe: Recipe, *, dry_run: bool = False, profile: bool = False) -> dict[str, Any]:
+    """Train on the recipe's snapshot, or with `dry_run` describe what would be trained. Nothing is written before
+    model and snapshot are known to fit."""
+    from train.metrics import check_trackers
+    from train.model import describe
+    from train.trainer import train
+
+    quiet_libraries()
+    store = Cache(recipe.encode.cache).store
+    snapshot = load_snapshot(store, recipe.train.snapshot or recipe.encode.snapshot)
+    if dry_run:
+        return _train_dry_run(describe(recipe.model, recipe.train, snapshot))
+    family = find_family("train", recipe.model)
+    check_trackers(recipe.train.track)
+    family.check_snapshot(snapshot, recipe.model)
+    family.check_objective(recipe.train.objective, snapshot.shapes)
+    family.check_context_parallel(recipe.train.context_parallel, recipe.model, snapshot.shapes)
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_resolved(recipe, Path(recipe.train.output))
+    if recipe.train.local_cache is not None:
+        store = CachedStore(store.url, recipe.train.local_cache, int(recipe.train.local_cache_gb * 1e9))
+    result = train(recipe.model, recipe.train, snapshot, store, profile=profile)
+    return {**asdict(result), "snapshot": snapshot.hash}
+
+
+def infer_stage(
+    recipe: Recipe,
+    inputs: str | None,
+    *,
+    adapters: Sequence[str] | None = None,
+    guardrail: bool = True,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Generate the videos of `inputs`, or of `infer.inputs`; `adapters` replace the recipe's.
+
+    With `dry_run`, say what they would be after the checks that need no model. Nothing is written before all that
+    can be checked is.
+    """
+    from infer.adapters import check_adapters
+    from infer.generate import check_requests, generate
+    from infer.inputs import read_requests
+
+    quiet_libraries()
+    config = replace(recipe.infer, inputs=inputs or recipe.infer.inputs)
+    if adapters:
+        config = replace(config, adapters={_adapter_name(i): AdapterConfig(path=p) for i, p in enumerate(adapters)})
+    if config.inputs is None:
+        raise UsageError("infer has no inputs: give a prompt, a folder or a .json/.jsonl file, or set infer.inputs")
+    requests = read_requests(config.inputs, config)
+    check_requests(recipe.model, requests)
+    check_adapters(config.adapters)
+    if dry_run:
+        paths = {name: adapter.path for name, adapter in config.adapters.items()}
+        return {"output": config.output, "adapters": paths, "videos": [asdict(request) for request in requests]}
+    results = generate(
+        recipe.model,
+        config,
+        requests,
+        guardrail=guardrail,
+        on_ready=lambda: write_resolved(replace(recipe, infer=config), Path(config.output)),
+    )
+    return {"output": config.output, "videos": [result.video for result in results]}
+
+
+def _run_with_progress(recipe: Recipe, planned: EncodePlan, index: int, total: int, stop: Stop) -> list[ShardReport]:
+    with progress_bar() as progress:
+        bars: dict[str, TaskID] = {
+            kind: progress.add_task(f"encoding {kind}", total=planned.missing[kind], note="")
+            for kind in reversed(KINDS)
+            if planned.missing[kind]
+        }
+        waited: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in KINDS}
+
+        def show(report: ShardReport) -> None:
+            waited[report.kind][0] += report.wait_seconds
+            waited[report.kind][1] += report.seconds
+            share = waited[report.kind][0] / max(1e-9, waited[report.kind][1])
+            note = f"decode wait {share:.0%}" if report.kind == "latents" else ""
+            progress.update(bars[report.kind], advance=report.rows, note=note)
+            if progress.disable:
+                log(
+                    f"{report.kind} {report.shard_id[-12:]}: {report.entries} entries, {human_bytes(report.bytes)}, "
+                    f"{report.seconds:.1f} s{', ' + note if note else ''}"
+                )
+
+        return run_encode(recipe.model, recipe.encode, planned, index=index, total=total, stop=stop, on_report=show)
+
+
+def _plan_line(planned: EncodePlan) -> str:
+    if not planned.plan.num_entries:
+        return "nothing to encode: every entry is in the cache"
+    counts = ", ".join(f"{planned.missing[kind]} of {planned.wanted[kind]} {kind}" for kind in KINDS)
+    return f"to encode: {counts}; {human_bytes(planned.missing_bytes)} in {planned.num_shards} shards"
+
+
+def _dry_run(planned: EncodePlan) -> dict[str, Any]:
+    return {
+        "cache": planned.cache.url if planned.cache else None,
+        "videos": planned.survey.num_items,
+        "windows": len(planned.survey.samples),
+        "entries_wanted": planned.wanted,
+        "entries_present": {kind: planned.wanted[kind] - planned.missing[kind] for kind in KINDS},
+        "entries_missing": planned.missing,
+        "entry_bytes": planned.entry_bytes,
+        "missing_bytes": planned.missing_bytes,
+        "shards": planned.num_shards,
+        "unusable_videos": _failure_lines(planned.survey.failed),
+    }
+
+
+def _failure_lines(failed: Mapping[Clip, str]) -> list[str]:
+    lines = []
+    for (video, start, end), error in failed.items():
+        clip = "" if start is None else f" from {start:g} s" + ("" if end is None else f" to {end:g} s")
+        lines.append(f"{video}{clip}: {error}")
+    return lines
+
+
+def _train_dry_run(described: dict[str, Any]) -> dict[str, Any]:
+    memory = dict(described.pop("memory"))
+    formula = memory.pop("formula")
+    return {**described, "memory_bytes": memory, "memory_formula": formula}
+
+
+def _still_missing(planned: EncodePlan) -> int:
+    from manifests.plan import missing_entries
+
+    return len(missing_entries(planned.cache, planned.survey.wanted))
+
+
+def _adapter_name(index: int) -> str:
+    return "default" if index == 0 else f"adapter_{index}"

@@ -1,0 +1,172 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from infer.config import InferConfig
+from infer.inputs import read_requests
+from infer.video import write_mp4
+from manifests.errors import UsageError
+from pipeline.demo.videos import Clip, render_clip
+
+CONFIG = InferConfig(seed=7, guidance=3.0, num_steps=4, num_frames=13, height=32, width=48, negative_prompt="blurry")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """a.png, a.txt, b.jpg, b..txt and clip.mp4."""
+    clip = Clip(colour="red", shape="circle", motion="grows in the middle", background="black")
+    frames = render_clip(clip, height=32, width=48, num_frames=9)
+    Image.fromarray(frames[0]).save(tmp_path / "a.png")
+    Image.fromarray(frames[-1]).save(tmp_path / "b.jpg")
+    (tmp_path / "a.txt").write_text(" A red circle.\n")
+    (tmp_path / "b..txt").write_text("Another.")
+    write_mp4(tmp_path / "clip.mp4", frames, 16.0)
+    return tmp_path
+
+
+def write_json(path: Path, content: object) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_a_prompt_is_one_request_with_the_recipes_values() -> None:
+    (request,) = read_requests("A robot arm lifts a cup; 3/4 view.", CONFIG)
+    assert request.name == "a_robot_arm_lifts_a_cup_3_4"
+    assert request.prompt == "A robot arm lifts a cup; 3/4 view."
+    assert (request.image, request.video, request.num_latent_conditional_frames) == (None, None, 0)
+    assert (request.seed, request.guidance, request.num_steps) == (7, 3.0, 4)
+    assert (request.num_frames, request.height, request.width) == (13, 32, 48)
+    assert request.negative_prompt == "blurry"
+
+
+@pytest.mark.parametrize("prompt", ["long " * 2000, "two\nlines", "red", "机械臂"])
+def test_any_text_is_a_prompt(prompt: str) -> None:
+    (request,) = read_requests(prompt, CONFIG)
+    assert request.prompt == prompt.strip()
+    assert 0 < len(request.name) <= 64
+
+
+@pytest.mark.parametrize("path", ["data/prompts", "prompts.json", "./x", "clip.mp4", "/nowhere/at/all"])
+def test_what_looks_like_a_path_must_exist(path: str) -> None:
+    with pytest.raises(UsageError, match="no such file or folder"):
+        read_requests(path, CONFIG)
+
+
+def test_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="empty"):
+        read_requests("  ", CONFIG)
+
+
+def test_a_folder_pairs_images_with_captions(folder: Path) -> None:
+    a, b = read_requests(str(folder), CONFIG)
+    assert (a.name, a.prompt, a.image) == ("a", "A red circle.", folder / "a.png")
+    assert (b.name, b.prompt, b.image) == ("b", "Another.", folder / "b.jpg")
+    assert a.num_latent_conditional_frames == b.num_latent_conditional_frames == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "a.txt").unlink(), r"a\.png: no caption; add a\.txt"),
+        (lambda f: (f / "b.jpg").unlink(), r"b\.\.txt: no image; add b\.png or b\.jpg"),
+        (lambda f: (f / "a.txt").write_text(" \n"), r"a\.txt: the caption is empty"),
+        (lambda f: (f / "a.txt").write_bytes(b"\xff\xfe\x00"), r"a\.txt: cannot read this file: not UTF-8"),
+        (lambda f: (f / "a.jpg").write_bytes(b""), r"a\.png: a\.jpg has the same stem"),
+        (lambda f: [p.unlink() for p in f.iterdir()], "no inputs; expected"),
+    ],
+)
+def test_a_broken_folder_names_the_file(folder: Path, change: object, message: str) -> None:
+    change(folder)  # type: ignore[operator]
+    with pytest.raises(UsageError, match=message):
+        read_requests(str(folder), CONFIG)
+
+
+def test_json_gives_every_kind_with_its_own_values(folder: Path) -> None:
+    path = write_json(
+        folder / "inputs.json",
+        [
+            {"name": "t", "inference_type": "text2world", "prompt": "text", "seed": 1, "resolution": "64,96"},
+            {"name": "i", "inference_type": "image2world", "prompt_path": "a.txt", "input_path": "a.png"},
+            {"name": "v", "inference_type": "video2world", "prompt": "p", "input_path": "clip.mp4"},
+            {
+                "name": "v1",
+                "prompt": "p",
+                "input_path": str(folder / "clip.mp4"),
+                "num_latent_conditional_frames": 1,
+                "num_output_frames": 5,
+                "num_steps": 2,
+                "guidance": 0,
+                "negative_prompt": "",
+                "resolution": "none",
+            },
+        ],
+    )
+    text, image, video, own = read_requests(path, CONFIG)
+    assert (text.seed, text.height, text.width, text.num_latent_conditional_frames) == (1, 64, 96, 0)
+    assert (image.prompt, image.image, image.num_latent_conditional_frames) == (
+        "A red circle.",
+        folder / "a.png",
+        1,
+    )
+    assert (video.image, video.video, video.num_latent_conditional_frames) == (None, folder / "clip.mp4", 2)
+    assert (own.num_latent_conditional_frames, own.num_frames, own.num_steps, own.guidance) == (1, 5, 2, 0)
+    assert (own.negative_prompt, own.height, own.seed) == ("", 32, 7)
+
+
+def test_one_object_and_jsonl(folder: Path) -> None:
+    (one,) = read_requests(write_json(folder / "one.json", {"name": "x", "prompt": "p"}), CONFIG)
+    assert one.name == "x"
+    (folder / "many.jsonl").write_text('{"name": "x", "prompt": "p"}\n\n{"name": "y", "prompt": "q"}\n')
+    assert [r.name for r in read_requests(str(folder / "many.jsonl"), CONFIG)] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"promt": "p"}, "unknown key 'promt'; did you mean prompt?"),
+        ({"fps_out_of_nowhere": 1, "prompt": "p"}, "unknown key 'fps_out_of_nowhere'; the keys are name,"),
+        ({"name": None, "prompt": "p"}, "name = None"),
+        ({}, "give one of prompt and prompt_path"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": "p", "prompt_path": "a.txt"}, "give one of prompt and prompt_path"),
+        ({"prompt_path": "gone.txt"}, r"prompt_path .*gone\.txt: no such file"),
+        ({"prompt": "p", "input_path": "gone.png"}, r"input_path .*gone\.png: no such file"),
+        ({"prompt": "p", "input_path": "a.txt"}, "neither image nor video"),
+        ({"prompt": "p", "inference_type": "image2world"}, "image2world needs input_path"),
+        ({"prompt": "p", "inference_type": "text2world", "input_path": "a.png"}, "takes no input_path"),
+        ({"prompt": "p", "inference_type": "video2world", "input_path": "a.png"}, "is an image; use image2"),
+        ({"prompt": "p", "inference_type": "image2wrld"}, "inference_type = 'image2wrld'"),
+        ({"prompt": "p", "resolution": "720p"}, "resolution = '720p'"),
+        ({"prompt": "p", "seed": -1}, "seed = -1"),
+        ({"prompt": "p", "input_path": "a.png", "num_latent_conditional_frames": 2}, "has at most 1"),
+        ({"prompt": "p", "name": "a/b"}, "becomes a file name"),
+        ({"prompt": "p", "name": ".."}, "becomes a file name"),
+    ],
+)
+def test_a_bad_entry_names_the_file_and_the_key(folder: Path, entry: dict[str, object], message: str) -> None:
+    path = write_json(folder / "inputs.json", [{"name": "good", "prompt": "p"}, {"name": "x", **entry}])
+    with pytest.raises(UsageError, match=r"inputs\.json: entry 2: ") as caught:
+        read_requests(path, CONFIG)
+    assert re.search(message, str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", "{", r"x\.json: line 1: not JSON"),
+        ("x.json", "[]", "no inputs in this file"),
+        ("x.json", "[3]", "expected an object"),
+        ("x.json", '[{"prompt": "p"}]', r"x\.json: name is missing"),
+        ("x.json", '[{"name": "a", "prompt": "p"}, {"name": "a", "prompt": "p"}]', "'a' is used 2 times"),
+        ("x.jsonl", '{"name": "a", "prompt": "p"}\n{oops', r"x\.jsonl: line 2: not JSON"),
+        ("x.yaml", "name: a", "inputs are a prompt, a folder"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_requests(str(tmp_path / name), CONFIG)

@@ -1,0 +1,93 @@
+"""Runs training jobs on the ranks of one torchrun, for tests: `-m tests.train.worker JOBS.json`.
+
+A job is {"model": path, "cache": path, "train": {...}, "stop_at": step}; with `stop_at` the main rank gets a SIGTERM
+once that step's checkpoint is written. Into the job's output folder go `outcome`, how it ended, `held`, how many
+values of the frozen base rank 0 holds, and where ranks share samples `compiled`, how far a compiled block is from an
+eager one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from manifests.config import ModelConfig
+from manifests.errors import Preempted
+from manifests.snapshot import load_snapshot
+from manifests.store import Store
+from train import cosmos25, parallel
+from train.activation import set_levels
+from train.config import TrainConfig
+from train.context_parallel import sharing
+from train.model import build
+from train.trainer import train
+
+
+def run(job: dict) -> str:
+    store = Store(job["cache"])
+
+    def on_checkpoint(step: int, folder: Path) -> None:
+        if step == job.get("stop_at"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        train(
+            ModelConfig(path=job["model"]),
+            TrainConfig(**job["train"]),
+            load_snapshot(store, "train"),
+            store,
+            on_checkpoint=on_checkpoint,
+        )
+    except Preempted:
+        return "preempted"
+    return "done"
+
+
+def held_values(job: dict, ranks: parallel.Ranks) -> int:
+    model = ModelConfig(path=job["model"])
+    snapshot = load_snapshot(Store(job["cache"]), "train")
+    transformer = build(model, TrainConfig(**job["train"]), cosmos25, ranks, snapshot).transformer
+    frozen = [parameter for parameter in transformer.parameters() if not parameter.requires_grad]
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
+
+
+def compiled_distance(job: dict, ranks: parallel.Ranks) -> float:
+    """Compile a block that computes this rank's tokens, as one graph; compare its output and gradients with eager's."""
+    model = ModelConfig(path=job["model"])
+    snapshot = load_snapshot(Store(job["cache"]), "train")
+    config = TrainConfig(**job["train"])
+    transformer = build(model, config, cosmos25, ranks, snapshot).transformer
+    block = cosmos25.blocks(transformer)[1]
+    set_levels([block], ["attention"], compiled=False)
+    with parallel.join(config.context_parallel) as shared, sharing(shared.context):
+        inputs = cosmos25.block_inputs(transformer, (2, *next(iter(snapshot.shapes))), 8, ranks.device)
+        found = []
+        for run in (block, torch.compile(block.forward, fullgraph=True, backend="aot_eager")):
+            block.zero_grad()
+            inputs[0].grad = None
+            output = run(*inputs)
+            output.square().mean().backward()
+            gradients = [p.grad for p in block.parameters() if p.requires_grad] + [inputs[0].grad]
+            found.append(torch.cat([tensor.detach().flatten() for tensor in (output, *gradients)]))
+    return float((found[1] - found[0]).norm() / found[0].norm())
+
+
+def main() -> None:
+    with parallel.join() as ranks:
+        for job in json.loads(Path(sys.argv[1]).read_text()):
+            found = {"outcome": run(job), "held": str(held_values(job, ranks))}
+            if job.get("compile"):
+                found["compiled"] = str(compiled_distance(job, ranks))
+            if ranks.is_main:
+                for name, value in found.items():
+                    (Path(job["train"]["output"]) / name).write_text(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What each block of the transformer keeps for its backward pass, and what that costs.
+
+A block is at one of four levels, from the least memory and the most recomputation to the opposite:
+
+    full        its input alone; the whole block runs again
+    attention   also attention's output: the dearest kernel runs once
+    products    also the wide matrix products; only cheap pointwise work runs again
+    none        whatever autograd keeps
+
+`auto` measures on one block what each level keeps, then gives every block the richest level that fits the device:
+attention outputs first, then products, then everything. On CUDA blocks are compiled, one graph a level.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from train.attention import SAVED_OPS
+
+Level = Literal["full", "attention", "products", "none"]
+Policy = Literal["auto", "none", "selective", "full"]
+LEVELS: tuple[Level, ...] = ("full", "attention", "products", "none")
+POLICY_LEVELS: dict[Policy, Level] = {"none": "none", "selective": "attention", "full": "full"}
+
+# What a level keeps of a block, and what a block needs while its backward pass runs, in values a token and hidden
+# channel. Measured on an H200 with the 2B model at 31,104 tokens (benchmarks/results); `auto` measures its own.
+KEPT_VALUES: dict[Level, float] = {"full": 1.0, "attention": 3.1, "products": 12.7, "none": 25.0}
+WORKING_VALUES = 32.0
+
+# Adapters rarely reach this rank; the products that touch it are a few per mille of a block's memory.
+_LOW_RANK = 512
+_MATRIX_PRODUCTS = ("aten.mm.default", "aten.addmm.default")
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Levels by block, and the bytes they were chosen by.
+
+    resident: weights, gradients and optimizer state. kept: by level, of one block. working: the most a block needs
+    beside what is kept. limit: bytes the run may use, None if nothing was measured.
+    """
+
+    levels: tuple[Level, ...]
+    resident: int
+    kept: dict[Level, int]
+    working: int
+    limit: int | None
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak, bytes."""
+        return self.resident + sum(self.kept[level] for level in self.levels) + self.working
+
+    def describe(self) -> str:
+        counts = Counter(self.levels)
+        mix = ", ".join(f"{counts[level]} x {level}" for level in LEVELS if counts[level])
+        limit = "" if self.limit is None else f" of {self.limit / 2**30:.1f} GiB"
+        return f"activation: {mix}; predicted peak {self.peak / 2**30:.1f} GiB{limit}"
+
+
+def choose_levels(num_blocks: int, *, resident: int, kept: dict[Level, int], working: int, limit: int) -> MemoryPlan:
+    """Give every block the richest level that fits; the poorest for all if nothing does."""
+    room = limit - resident - working
+    for poor, rich in reversed(list(itertools.pairwise(LEVELS))):
+        if poor not in kept or rich not in kept:
+            continue
+        spare = room - num_blocks * kept[poor]
+        if spare >= 0:
+            count = min(num_blocks, spare // max(1, kept[rich] - kept[poor]))
+            levels = (poor,) * (num_blocks - count) + (rich,) * count
+            return MemoryPlan(levels, resident, kept, working, limit)
+    return MemoryPlan((LEVELS[0],) * num_blocks, resident, kept, working, limit)
+
+
+def estimate(
+    level: Level, *, num_blocks: int, resident: int, tokens: int, hidden_size: int, itemsize: int
+) -> MemoryPlan:
+    """Predict the memory of a policy without a device, from `KEPT_VALUES`; tokens are of one micro-batch."""
+    value = tokens * hidden_size * itemsize
+    kept = {name: int(value * values) for name, values in KEPT_VALUES.items()}
+    return MemoryPlan((level,) * num_blocks, resident, kept, int(value * WORKING_VALUES), None)
+
+
+def set_levels(blocks: Sequence[nn.Module], levels: Sequence[Level], *, compiled: bool) -> None:
+    """Give each block its level; with `compiled`, blocks of one level share one compiled graph."""
+    runs = {level: _run_at(level, type(blocks[0]).forward, compiled=compiled) for level in set(levels)}
+    for block, level in zip(blocks, levels, strict=True):
+        block.forward = partial(runs[level], block)
+
+
+def measure(block: nn.Module, inputs: tuple[Tensor, ...], levels: Sequence[Level]) -> tuple[dict[Level, int], int]:
+    """Run one block forward and backward at each level: bytes kept, by level, and the most needed beside them.
+
+    block, inputs: on a CUDA device, the first input requiring a gradient.
+    """
+    device = inputs[0].device
+    kept: dict[Level, int] = {}
+    working = 0
+    for level in levels:
+        set_levels([block], [level], compiled=True)
+        for _ in range(2):  # the first run compiles
+            before = torch.cuda.memory_allocated(device)
+            output = block(*inputs)
+            kept[level] = torch.cuda.memory_allocated(device) - before
+            torch.cuda.reset_peak_memory_stats(device)
+            output.backward(torch.ones_like(output))
+            working = max(working, torch.cuda.max_memory_allocated(device) - before - kept[level])
+            del output
+            block.zero_grad(set_to_none=True)
+            inputs[0].grad = None
+    del block.forward
+    return kept, working
+
+
+def _run_at(level: Level, forward: Callable[..., Tensor], *, compiled: bool) -> Callable[..., Tensor]:
+    run = forward if level == "none" else partial(_recomputed, forward, level)
+    if not compiled:
+        return run
+    # Its one warning here, a rank, asks that checkpointed regions hold no in-place operations; ours hold none.
+    torch._logging.set_logs(dynamo=logging.ERROR)
+    # 28 blocks run one graph a level; a second graph serves the first block, whose input needs no gradient.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(run, fullgraph=True, dynamic=False)
+
+
+def _recomputed(forward: Callable[..., Tensor], level: Level, block: nn.Module, *inputs: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(block, *inputs)
+    if level == "full":
+        return checkpoint(forward, block, *inputs, use_reentrant=False)
+    contexts = partial(create_selective_checkpoint_contexts, partial(_keep, level))
+    return checkpoint(forward, block, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _keep(level: Level, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = str(op)
+    if name in SAVED_OPS:
+        return CheckpointPolicy.MUST_SAVE
+    if name in _MATRIX_PRODUCTS:
+        left, right = args[-2:]
+        if level == "products" or min(left.shape[0], right.shape[1]) <= _LOW_RANK:
+            return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

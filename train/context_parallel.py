@@ -1,0 +1,145 @@
+"""Context parallel: several ranks share a sample, each computing an equal run of its tokens.
+
+Everything in a block works on one token at a time, except self-attention: there each rank's queries meet the keys and
+values of all tokens, gathered from the ranks. That is exact, for any number of ranks and any attention kernel, and
+costs a block two collectives of N x hidden values forward and two backward (two more where the forward runs again):
+at 84,480 tokens in bfloat16 346 MB each, held for as long as the block's attention runs. Rings and Ulysses move less
+but need a kernel of their own or a number of heads that the ranks divide.
+
+`sharing` turns it on; outside of it, or with None, every function here returns its input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifests.errors import UsageError
+
+MOST_RANKS = 8
+
+
+@dataclass(frozen=True)
+class Context:
+    """The ranks that share this rank's samples. rank: among them. group: name of their process group."""
+
+    rank: int
+    world: int
+    group: str
+
+
+_context: Context | None = None
+
+
+@contextmanager
+def sharing(context: Context | None) -> Iterator[None]:
+    """Share samples with the ranks of `context` inside the block; all of them must run the same there.
+
+    The transformer still takes whole samples and returns whole predictions, equal on these ranks. A backward pass
+    from them leaves each rank with its part of the gradient; the sum over the ranks is the gradient.
+    """
+    global _context
+    before, _context = _context, context
+    try:
+        yield
+    finally:
+        _context = before
+
+
+def own_tokens(x: Tensor, dim: int) -> Tensor:
+    """This rank's run of the tokens that lie along `dim`."""
+    if _context is None:
+        return x
+    num_tokens = x.shape[dim] // _context.world
+    return x.narrow(dim, _context.rank * num_tokens, num_tokens).contiguous()
+
+
+def own_rows(modulation_BTC: Tensor, num_tokens: int) -> Tensor:
+    """The rows that modulate this rank's tokens, each for an equal run of them: [B, runs, C].
+
+    modulation_BTC: a row a latent frame. num_tokens: of the whole sample. A rank's run may begin and end inside a
+    frame: runs are then as long as the greatest common divisor of its tokens and a frame's.
+    """
+    if _context is None:
+        return modulation_BTC
+    frame, own = num_tokens // modulation_BTC.shape[1], num_tokens // _context.world
+    first = _context.rank * own
+    rows = [token // frame for token in range(first, first + own, math.gcd(frame, own))]
+    return modulation_BTC[:, rows]
+
+
+def all_tokens(key_BNHD: Tensor, value_BNHD: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of all ranks' tokens, in order; gradients go back to the ranks they came from, summed."""
+    if _context is None:
+        return key_BNHD, value_BNHD
+    return _AllTokens.apply(key_BNHD, value_BNHD, _context.world, _context.group)
+
+
+def whole(x_BNC: Tensor) -> Tensor:
+    """The tokens of all ranks, in order. Each rank differentiates its own only: the others do the same as it does."""
+    if _context is None:
+        return x_BNC
+    return _Whole.apply(x_BNC, _context.rank, _context.world, _context.group)
+
+
+def check_divides(context_parallel: int, tokens_by_shape: Mapping[tuple[int, ...], int]) -> None:
+    """Raise `UsageError` if the tokens of a sample cannot be shared out evenly. Shapes are (C, T, H, W)."""
+    fitting = [ranks for ranks in range(1, MOST_RANKS + 1) if not _undivided(ranks, tokens_by_shape.values())]
+    if context_parallel not in fitting:
+        shape, tokens = next((shape, n) for shape, n in tokens_by_shape.items() if n % context_parallel)
+        raise UsageError(
+            f"train.context_parallel is {context_parallel}, which does not divide the {tokens:,} tokens of samples of "
+            f"{'x'.join(map(str, shape))}; every sample of the snapshot allows {', '.join(map(str, fitting))}"
+        )
+
+
+def _undivided(ranks: int, token_counts: Iterable[int]) -> bool:
+    return any(count % ranks for count in token_counts)
+
+
+class _AllTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, value: Tensor, world: int, group: str) -> tuple[Tensor, Tensor]:
+        ctx.world, ctx.group = world, group
+        started = [_start_gather(tensor, world, group) for tensor in (key, value)]
+        key, value = (_tokens_second(_ops.wait_tensor(tensor)) for tensor in started)
+        return key, value
+
+    @staticmethod
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        started = [
+            _ops.reduce_scatter_tensor(grad.transpose(0, 1).contiguous(), "sum", ctx.world, ctx.group)
+            for grad in (grad_key, grad_value)
+        ]
+        grad_key, grad_value = (_tokens_second(_ops.wait_tensor(tensor)) for tensor in started)
+        return grad_key, grad_value, None, None
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rank: int, world: int, group: str) -> Tensor:
+        ctx.first, ctx.count = rank * x.shape[1], x.shape[1]
+        return _tokens_second(_ops.wait_tensor(_start_gather(x, world, group)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad.narrow(1, ctx.first, ctx.count), None, None, None
+
+
+# The functional collectives by their operators: traceable, and the same from PyTorch 2.11 on, unlike their wrappers.
+_ops = torch.ops._c10d_functional
+
+
+def _start_gather(x: Tensor, world: int, group: str) -> Tensor:
+    """Collectives join tensors along their first dimension."""
+    return _ops.all_gather_into_tensor(x.transpose(0, 1).contiguous(), world, group)
+
+
+def _tokens_second(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous()
