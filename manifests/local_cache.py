@@ -18,8 +18,11 @@ import tempfile
 import threading
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from manifests.errors import UsageError
 from manifests.store import MAX_RETRIES, Store
@@ -28,15 +31,14 @@ _log = logging.getLogger(__name__)
 
 _CHECK_BYTES = 4
 _KEEP = 0.9  # of the limit, after an eviction
-_STEP = 128  # a process looks at the whole folder after writing one part of this many of the limit
 _STALE_SECONDS = 3600.0
 
 
 class CachedStore(Store):
     """A `Store` whose range reads are kept in `folder`, at most `limit_bytes` of them.
 
-    The limit holds for up to a dozen processes that write at once. A disk that is full or breaks costs a warning and
-    the copy, never the read. Raises `UsageError` if the folder cannot be made.
+    The limit holds whatever the number of processes. A disk that is full or breaks costs a warning and the copy,
+    never the read. Raises `UsageError` if the folder cannot be made or written.
     """
 
     def __init__(self, url: str, folder: str | Path, limit_bytes: int, *, max_retries: int = MAX_RETRIES) -> None:
@@ -46,13 +48,13 @@ class CachedStore(Store):
         self.hits = 0
         self.misses = 0
         self._lock = threading.Lock()
-        self._unseen = 0
         self._warned = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            with self._counted() as counter:
+                counter.total = self._evict(limit_bytes)
         except OSError as error:
             raise UsageError(f"train.local_cache {str(folder)!r}: {error.strerror or error}") from error
-        self._evict()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (CachedStore, (self.url, self.folder, self.limit_bytes))
@@ -85,11 +87,12 @@ class CachedStore(Store):
         return None
 
     def _keep(self, file: Path, data: bytes) -> None:
-        if len(data) > self.limit_bytes * (1 - _KEEP):
+        size = _CHECK_BYTES + len(data)
+        if size > self.limit_bytes * (1 - _KEEP):
             return
         try:
             file.parent.mkdir(exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as aside:
+            with self._reserve(file.parent, size) as aside:
                 try:
                     aside.write(_check(data))
                     aside.write(data)
@@ -99,41 +102,61 @@ class CachedStore(Store):
                     os.unlink(aside.name)
                     raise
         except OSError as error:
-            if not self._warned:
-                _log.warning("train.local_cache %s: %s; going on without it", self.folder, error.strerror or error)
-            self._warned = True
-            return
-        with self._lock:
-            self._unseen += len(data)
-            full = self._unseen > self.limit_bytes / _STEP
-        if full:
-            self._evict()
-
-    def _evict(self) -> None:
-        """Remove the longest unused files if there are too many; one process at a time, the others go on."""
-        with open(self.folder / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return
             with self._lock:
-                self._unseen = 0
-            kept = []
-            for file in self.folder.glob("??/*"):
-                try:
-                    stat = file.stat()
-                except FileNotFoundError:
-                    continue
-                if file.name.startswith(".") and time.time() - stat.st_mtime > _STALE_SECONDS:
-                    file.unlink(missing_ok=True)
-                else:
-                    kept.append((stat.st_mtime_ns, stat.st_size, file))
-            size = sum(entry[1] for entry in kept)
-            for _, file_size, file in sorted(kept) if size > self.limit_bytes * _KEEP else ():
+                warned, self._warned = self._warned, True
+            if not warned:
+                _log.warning("train.local_cache %s: %s; going on without it", self.folder, error.strerror or error)
+
+    def _reserve(self, folder: Path, size: int) -> IO[bytes]:
+        """A file of its final size from the start, so that whoever counts the folder counts it in full."""
+        with self._counted() as counter:
+            if counter.total + size > self.limit_bytes:
+                counter.total = self._evict(int(self.limit_bytes * _KEEP) - size)
+            aside = tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False)  # noqa: SIM115
+            os.truncate(aside.fileno(), size)
+            counter.total += size
+        return aside
+
+    @contextmanager
+    def _counted(self) -> Iterator[_Counter]:
+        """Have the count of the folder's bytes to oneself, among all threads and processes.
+
+        It may be too high, after a kill or an overwritten file, never too low; an eviction sets it right.
+        """
+        with open(self.folder / ".bytes", "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            stored = file.read()
+            counter = _Counter(int(stored) if stored.isdigit() else self.limit_bytes)
+            yield counter
+            file.truncate(0)
+            file.write(b"%d" % counter.total)
+
+    def _evict(self, most: int) -> int:
+        """Remove the longest unused files until `most` bytes are left, and return how many are."""
+        kept = []
+        for file in self.folder.glob("??/*"):
+            try:
+                stat = file.stat()
+            except FileNotFoundError:
+                continue
+            if file.name.startswith(".") and time.time() - stat.st_mtime > _STALE_SECONDS:
+                file.unlink(missing_ok=True)
+            else:
+                kept.append((stat.st_mtime_ns, stat.st_size, file))
+        size = sum(entry[1] for entry in kept)
+        for _, file_size, file in sorted(kept):
+            if size <= most:
+                break
+            if not file.name.startswith("."):  # being written
                 file.unlink(missing_ok=True)
                 size -= file_size
-                if size <= self.limit_bytes * _KEEP:
-                    break
+        return size
+
+
+@dataclass
+class _Counter:
+    total: int
 
 
 def _check(data: bytes) -> bytes:

@@ -108,7 +108,7 @@ class TrainConfig:
     checkpoint_every: optimizer steps between checkpoints. keep_last: how many are kept.
     loader_threads: threads that read and decode ahead of the step.
     local_cache: folder on this machine's own disk that keeps what was read from a remote cache, at most
-    local_cache_gb of it (10**9 bytes), or somewhat more while ranks of one machine, which share it, add at once.
+    local_cache_gb of it (10**9 bytes) for all ranks of the machine together, which share it.
     """
 
     output: str = "run"

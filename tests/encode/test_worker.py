@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +22,7 @@ from manifests.plan import Plan, ShardTask
 from manifests.store import Store
 from pipeline.recipe import resolved, validate
 from tests import jobs
+from tests.encode.video_files import write_video
 from tests.pipeline.recipes import recipe_values
 
 Make = Callable[..., tuple[ShardWorker, Plan]]
@@ -77,12 +84,53 @@ def test_an_abandoned_task_leaves_nothing(make_worker: Make, tmp_path: Path, kin
     assert worker.run(task).entries == len(task.rows)
 
 
-def test_a_video_that_loses_its_decoder_twice_is_quarantined(make_worker: Make) -> None:
+@pytest.fixture(scope="module")
+def slow_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Only its first frame is a key frame: for a window at its end all of it must be decoded, half a second's work."""
+    options = {"preset": "ultrafast", "g": "250"}
+    folder = tmp_path_factory.mktemp("slow")
+    return write_video(folder / "slow.mp4", 120, fps=16, height=720, width=1280, options=options)
+
+
+def _slow(task: ShardTask, video: Path) -> ShardTask:
+    """The task, its second window being the end of a slow video."""
+    rows = [row | {"source": str(video), "start": 100} if i == 1 else row for i, row in enumerate(task.rows)]
+    return dataclasses.replace(task, rows=tuple(rows))
+
+
+def test_a_video_that_loses_its_decoder_twice_is_quarantined(make_worker: Make, slow_video: Path) -> None:
     worker, plan = make_worker(decode_timeout=1e-6)
-    report = worker.run(_task(plan, "latents"))
-    assert report.quarantined > 0  # a window may be decoded before anyone looks at the clock
-    assert report.entries + report.quarantined == report.rows
+    report = worker.run(_slow(_task(plan, "latents"), slow_video))
+    assert str(slow_video) in [what for what, _ in report.errors]
     assert {"was stopped" in error for _, error in report.errors} == {True}
+    assert (
+        report.entries + report.quarantined == report.rows
+    )  # another window may be decoded before a look at the clock
+
+
+def test_a_lost_decoder_is_not_the_videos_fault_at_first(make_worker: Make, slow_video: Path) -> None:
+    worker, plan = make_worker(decode_workers=1)
+    killed: list[int] = []
+    done = threading.Event()
+
+    def kill_the_decoder_that_reads_it() -> None:
+        while not killed and not done.is_set():
+            for pid in worker._pool.pids if worker._pool else ():
+                with contextlib.suppress(OSError):
+                    if str(slow_video) in map(os.readlink, Path(f"/proc/{pid}/fd").iterdir()):
+                        os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=kill_the_decoder_that_reads_it)
+    thread.start()
+    try:
+        report = worker.run(_slow(_task(plan, "latents"), slow_video))
+    finally:
+        done.set()
+        thread.join()
+    assert len(killed) == 1
+    assert (report.entries, report.errors) == (report.rows, ())
 
 
 def test_refused_and_lone_captions_leave_the_bytes_of_the_others(make_worker: Make, tmp_path: Path) -> None:

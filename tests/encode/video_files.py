@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -28,6 +31,19 @@ def numbers_of(frames: np.ndarray) -> list[int]:
     return [sum(1 << bit for bit, x in enumerate(centers) if row[x] > 125) for row in middle]
 
 
+@contextmanager
+def _own_scheduling() -> Iterator[None]:
+    """SVT-AV1 makes the calling thread a real-time one (SCHED_FIFO, 99) if it may, and leaves it so.
+
+    Everything started later would inherit that, and starve the machine by waiting.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def write_video(
     path: Path,
     num_frames: int,
@@ -48,7 +64,7 @@ def write_video(
 
     rotate: degrees counterclockwise written into the metadata; the pictures themselves stay as they are.
     """
-    with av.open(str(path), "w", options=container_options or {}) as container:
+    with _own_scheduling(), av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         if times_ms is not None:

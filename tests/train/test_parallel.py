@@ -1,7 +1,9 @@
 """Several ranks on this machine, over gloo: the curve must be that of one rank."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -51,6 +53,7 @@ def torchrun(num_ranks, jobs, folder, agents=1):
                 [*command, "-m", "tests.train.worker", str(file)],
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stderr=stream,
+                start_new_session=True,
             )
             for _ in range(agents)
         ]
@@ -58,7 +61,8 @@ def torchrun(num_ranks, jobs, folder, agents=1):
             codes = [agent.wait(timeout=240) for agent in started]
         finally:
             for agent in started:
-                agent.terminate()  # the agent ends its ranks; killing it would orphan them
+                with contextlib.suppress(ProcessLookupError):  # the ranks are in the agent's session
+                    os.killpg(agent.pid, signal.SIGKILL)
                 agent.wait()
     assert codes == [0] * agents, errors.read_text()[-4000:]
 
