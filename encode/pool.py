@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent import futures
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
@@ -101,23 +101,36 @@ class DecodePool:
 
     def imap(
         self, jobs: Iterable[DecodeJob], ahead: int | None = None, check: Callable[[], None] = lambda: None
-    ) -> Iterator[tuple[DecodeJob, npt.NDArray[np.uint8] | DecodeError]]:
-        """Each job with its frames or its error, in the order of the jobs.
+    ) -> Generator[tuple[DecodeJob, npt.NDArray[np.uint8] | DecodeError], None, None]:
+        """Each job with its frames or its error, in the order of the jobs; decoding begins with the call.
 
         ahead: windows decoded or being decoded that the consumer has not asked for yet, at most; default
             `num_workers + 1`. Each takes num_frames x height x width x 3 bytes. Frames are the consumer's to keep.
         check: called every half second while waiting; may raise, to wait no longer.
+
+        Close it unless it is used up: what still waits is then cancelled.
         """
+        results = self._imap(jobs, ahead, check)
+        next(results)
+        return results
+
+    def _imap(
+        self, jobs: Iterable[DecodeJob], ahead: int | None, check: Callable[[], None]
+    ) -> Generator[Any, None, None]:
         ahead = len(self._decoders) + 1 if ahead is None else max(1, ahead)
         waiting: deque[tuple[DecodeJob, Future[npt.NDArray[np.uint8]]]] = deque()
         iterator = iter(jobs)
+
+        def fill() -> None:
+            while len(waiting) < ahead and (job := next(iterator, None)) is not None:
+                waiting.append((job, self.submit(job)))
+
         try:
-            while True:
-                while len(waiting) < ahead and (job := next(iterator, None)) is not None:
-                    waiting.append((job, self.submit(job)))
-                if not waiting:
-                    return
+            fill()
+            yield None
+            while waiting:
                 yield self._next(waiting, check)
+                fill()
         finally:
             for _, future in waiting:
                 future.cancel()

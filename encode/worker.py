@@ -6,11 +6,11 @@ VAE, because a plan's context tasks all come before its latents tasks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -140,24 +140,25 @@ class ShardWorker:
             self._pool = None
 
     def _encode_latents(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
-        encoder = self._load("VideoEncoder")
         if self._pool is None:
             self._pool = DecodePool(self._config.num_decoders, self._config.decode_timeout)
-        waited = self._pool.wait_seconds
+        pool, check = self._pool, work.oversight.check
+        waited = pool.wait_seconds
         rows = [row for row in rows if row["key"] not in work.errors]
-        check = work.oversight.check
-        for row, (job, frames) in zip(rows, self._pool.imap(map(_decode_job, rows), check=check), strict=True):
-            if isinstance(frames, DecoderLost):
-                # A busy machine can kill or slow a decoder too: once more before the video is blamed.
-                [(_, frames)] = self._pool.imap([job], check=check)
-            if isinstance(frames, DecodeError):
-                work.errors[row["key"]] = str(frames)
-                continue
-            with work.encoding(row["key"]):
-                latents_CTHW = encoder.encode(frames)
-            facts = {name: row[name] for name in _LATENTS_FACTS}
-            work.entries[row["key"]] = Entry(row["key"], {"latents": latents_CTHW}, facts)
-        work.wait_seconds = self._pool.wait_seconds - waited
+        with contextlib.closing(pool.imap(map(_decode_job, rows), check=check)) as decoded:
+            encoder = self._load("VideoEncoder")  # while the first windows are decoded
+            for row, (job, frames) in zip(rows, decoded, strict=True):
+                if isinstance(frames, DecoderLost):
+                    # A busy machine can kill or slow a decoder too: once more before the video is blamed.
+                    [(_, frames)] = pool.imap([job], check=check)
+                if isinstance(frames, DecodeError):
+                    work.errors[row["key"]] = str(frames)
+                    continue
+                with work.encoding(row["key"]):
+                    latents_CTHW = encoder.encode(frames)
+                facts = {name: row[name] for name in _LATENTS_FACTS}
+                work.entries[row["key"]] = Entry(row["key"], {"latents": latents_CTHW}, facts)
+        work.wait_seconds = pool.wait_seconds - waited
 
     def _encode_contexts(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
         encoder = self._load("TextEncoder")
@@ -224,7 +225,7 @@ class _Work:
     encode_seconds: float = 0.0
     truncated: int = 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def encoding(self, *keys: str) -> Iterator[None]:
         self.oversight.check()
         self.oversight.starting(keys)

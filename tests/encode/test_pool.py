@@ -78,6 +78,7 @@ def test_no_more_than_ahead_jobs_are_taken_before_they_are_asked_for(video: Path
 
     with DecodePool(2, TIMEOUT) as pool:
         results = pool.imap(jobs(), ahead=3)
+        assert taken == [0, 1, 2]
         for consumed in range(5):
             next(results)
             assert len(taken) <= consumed + 3
@@ -88,7 +89,7 @@ def test_decoding_goes_on_while_the_consumer_is_busy(video: Path) -> None:
     with DecodePool(1, TIMEOUT) as pool:
         results = pool.imap([job_of(video, first) for first in range(4)], ahead=4)
         next(results)
-        time.sleep(1.0)
+        pool.submit(job_of(video)).result()  # behind the others, in the one decoder
         waited = pool.wait_seconds
         assert len(list(results)) == 3
         assert pool.wait_seconds - waited < 0.2
