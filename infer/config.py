@@ -20,12 +20,16 @@ class AdapterConfig:
 class InferConfig:
     """How videos are generated.
 
-    output: folder the videos go to. inputs: a prompt, a `.png/.txt` folder, or a `.json`/`.jsonl` file.
+    output: folder the videos go to. inputs: a prompt, a `.png/.txt` folder, or a `.json`, `.jsonl` or `.yaml` file.
     adapters: by name; empty means the base model. fuse: merge adapters into the weights before generating.
-    height, width: pixels, divisible by 16. num_frames: 4k+1. fps: of the written MP4.
+    height, width: pixels, divisible by 16. num_frames: 4k+1, or any number above chunk_frames. fps: of the written MP4.
     num_steps: denoising steps. guidance: g in v_c + g (v_c - v_u); 1 or less turns it off, as diffusers does.
     negative_prompt: null means the model's default. seed: of the initial noise, drawn on the CPU.
     conditioning_timestep: as in `train.objective`.
+    chunk_frames: 4k+1; a longer video is made in pieces of that many frames, the window the released models were
+    trained on; null makes any length at once. chunk_overlap: frames of a piece that the next begins with, 1 or 5
+    (1 or 2 latent frames).
+    ground_truth: folder with `<name>.mp4` for each request, to compare with by PSNR and SSIM.
     """
 
     output: str = "videos"
@@ -41,4 +45,7 @@ class InferConfig:
     negative_prompt: str | None = None
     seed: int = 0
     conditioning_timestep: float = 0.0001
+    chunk_frames: int | None = 93
+    chunk_overlap: int = 1
+    ground_truth: str | None = None
     dtype: Dtype = "bfloat16"

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from infer.denoise import PROJECTION, decode, denoise, project
-from infer.inputs import Request
+from infer.request import Request
 from infer.video import Frames, read_frames
 from manifests.config import ModelConfig
 from manifests.errors import LatentlineError, UsageError
@@ -49,6 +49,7 @@ SIZE_MULTIPLE = 16
 """VAE stride 8 times the DiT's patch 2."""
 
 FRAME_STRIDE = 4
+OVERLAPS = (1, 5)
 TEXT_LENGTH = 512
 
 PIPELINE_CLASS = "Cosmos2_5_PredictBasePipeline"
@@ -73,10 +74,17 @@ def check_request(request: Request) -> None:
         if size <= 0 or size % SIZE_MULTIPLE:
             near = _around(size, SIZE_MULTIPLE, 0)
             raise UsageError(f"{where}: {side} = {size} is not divisible by {SIZE_MULTIPLE}; near: {near}")
-    if request.num_frames <= 0 or request.num_frames % FRAME_STRIDE != 1:
-        near = _around(request.num_frames, FRAME_STRIDE, 1)
-        raise UsageError(f"{where}: num_frames = {request.num_frames} is not 4k+1; near: {near}")
-    latent_frames = (request.num_frames - 1) // FRAME_STRIDE + 1
+    key, frames = "num_frames", request.num_frames
+    if request.chunk_frames is not None and request.num_frames > request.chunk_frames:
+        key, frames = "chunk_frames", request.chunk_frames
+    if frames <= 0 or frames % FRAME_STRIDE != 1:
+        raise UsageError(f"{where}: {key} = {frames} is not 4k+1; near: {_around(frames, FRAME_STRIDE, 1)}")
+    latent_frames = (frames - 1) // FRAME_STRIDE + 1
+    if key == "chunk_frames" and (request.chunk_overlap not in OVERLAPS or request.chunk_overlap >= frames):
+        raise UsageError(
+            f"{where}: chunk_overlap = {request.chunk_overlap}; it is {_either(OVERLAPS)} (1 or 2 latent frames), "
+            f"and less than chunk_frames = {frames}"
+        )
     clean = request.num_latent_conditional_frames
     allowed = (1, 2) if request.video else (1,) if request.image else (0,)
     if clean not in allowed or (request.image and request.video):
@@ -84,7 +92,7 @@ def check_request(request: Request) -> None:
         raise UsageError(f"{where}: {kind} gives {_either(allowed)} conditioning latent frames, not {clean}")
     if clean and clean >= latent_frames:
         raise UsageError(
-            f"{where}: num_frames = {request.num_frames} is {latent_frames} latent frames, all of them "
+            f"{where}: {key} = {frames} is {latent_frames} latent frames, all of them "
             f"conditioning; the least is {FRAME_STRIDE * clean + 1}"
         )
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +21,9 @@ import torch
 
 from infer.adapters import check_adapters, load_adapters
 from infer.config import InferConfig
-from infer.inputs import Request
+from infer.inputs import check_names
 from infer.progress import VideoProgress
+from infer.request import Request
 from infer.video import Frames, contact_sheet, spread_frames, write_mp4
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
@@ -44,10 +44,8 @@ class Result:
 def check_requests(model: ModelConfig, requests: Sequence[Request]) -> None:
     """Raise UsageError unless the model's family can make all of these; loads nothing."""
     if not requests:
-        raise UsageError("infer.inputs: nothing to generate; give a prompt, a folder, or a .json or .jsonl file")
-    for name, times in Counter(request.name for request in requests).items():
-        if times > 1:
-            raise UsageError(f"infer.inputs: name {name!r} is used {times} times; each video needs its own")
+        raise UsageError("infer.inputs: nothing to generate; give a prompt, a folder, or a .json, .jsonl or .yaml file")
+    check_names(requests, "infer.inputs")
     family = find_family("infer", model)
     for request in requests:
         family.check_request(request)

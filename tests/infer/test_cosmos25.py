@@ -14,7 +14,8 @@ from PIL import Image
 
 from infer import cosmos25
 from infer.config import InferConfig
-from infer.inputs import Request, read_requests
+from infer.inputs import read_requests
+from infer.request import Request
 from infer.video import Frames, read_frames, write_mp4
 from manifests.config import ModelConfig
 from manifests.errors import LatentlineError, UsageError

@@ -8,7 +8,8 @@ from PIL import Image
 
 from infer.config import AdapterConfig, InferConfig
 from infer.generate import Result, check_requests, generate
-from infer.inputs import Request, read_requests
+from infer.inputs import read_requests
+from infer.request import Request
 from infer.video import read_frames
 from manifests.config import ModelConfig
 from manifests.errors import UsageError

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,9 @@ def test_one_object_and_jsonl(folder: Path) -> None:
         ({"prompt": "p", "input_path": "a.png", "num_latent_conditional_frames": 2}, "has at most 1"),
         ({"prompt": "p", "name": "a/b"}, "becomes a file name"),
         ({"prompt": "p", "name": ".."}, "becomes a file name"),
+        ({"prompt": "p", "name": "x" * 300}, "200 bytes at most"),
+        ({"prompt": "p", "ground_truth": "gone.mp4"}, r"ground_truth .*gone\.mp4: no such file"),
+        ({"prompt": "p", "enable_autoregressive": False, "chunk_size": 9}, "remove chunk_size and chunk_overlap"),
     ],
 )
 def test_a_bad_entry_names_the_file_and_the_key(folder: Path, entry: dict[str, object], message: str) -> None:
@@ -163,10 +167,107 @@ def test_a_bad_entry_names_the_file_and_the_key(folder: Path, entry: dict[str, o
         ("x.json", '[{"prompt": "p"}]', r"x\.json: name is missing"),
         ("x.json", '[{"name": "a", "prompt": "p"}, {"name": "a", "prompt": "p"}]', "'a' is used 2 times"),
         ("x.jsonl", '{"name": "a", "prompt": "p"}\n{oops', r"x\.jsonl: line 2: not JSON"),
-        ("x.yaml", "name: a", "inputs are a prompt, a folder"),
+        ("x.toml", "name = 1", "inputs are a prompt, a folder"),
+        ("x.json", '{"name": "a", "prompt": "p", "name": "b"}', "key 'name' is given twice"),
+        ("x.json", '{"name": "a", "prompt": "p", "guidance": NaN}', "NaN is not a number"),
+        ("x.json", "[" * 100_000, "nested too deeply"),
+        ("x.jsonl", '{"name": "a", "prompt": "p"}\n\n{"name": "b", "name": "b"}', r"line 3: key 'name' is given twice"),
+        ("x.yaml", "name: a\nprompt: p\nname: b\n", r"x\.yaml: line 3: not YAML: key 'name' is given twice"),
+        ("x.yaml", "- name: [\n", r"x\.yaml: line 2: not YAML"),
+        ("x.yaml", "name: 3\nprompt: p", r"name = 3: Input should be a valid string"),
+        ("x.yaml", "name: a\nprompt: p\nseed: '3'", r"seed = '3': Input should be a valid integer"),
+        ("x.yaml", "name: a\nprompt: 2026-13-45", "not YAML"),
+        ("x.yaml", "name: a\non: p", "key True is not text"),
+        ("x.yaml", "name: !!python/object/apply:os.getcwd []\nprompt: p", "could not determine a constructor"),
+        ("x.yaml", "", "expected an object"),
+        ("x.json", '{"samples": []}', "samples: expected an object of name"),
+        ("x.json", '{"samples": {}}', "no inputs in this file"),
+        ("x.json", '{"samples": {"a": 3}}', r"samples\.a: expected an object"),
+        ("x.json", '{"samples": {"a": {"promt": "p"}}}', r"samples\.a: unknown key 'promt'; did you mean prompt"),
+        ("x.json", '{"samples": {"a": {"prompt": "p", "name": "b"}}}', r"samples\.a: name: the sample is named 'a'"),
+        ("x.json", '{"samples": {"a": {"prompt": "p"}, "a": {"prompt": "q"}}}', "key 'a' is given twice"),
+        ("x.json", '{"name": "n", "samples": {"a": {"prompt": "p"}}}', "the keys of samples are the names"),
+        ("x.json", '{"sampels": {"a": {"prompt": "p"}}, "seed": 1}', "name is missing|unknown key 'sampels'"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=message):
         read_requests(str(tmp_path / name), CONFIG)
+
+
+def test_yaml_says_the_same_as_json(folder: Path) -> None:
+    (folder / "in.yaml").write_text(
+        """
+- {name: t, inference_type: text2world, prompt: text, seed: 1, resolution: "64,96"}
+- name: i
+  prompt_path: a.txt
+  input_path: a.png
+- name: long
+  prompt: |
+    Two
+    lines.
+  num_output_frames: 40
+  enable_autoregressive: true
+  chunk_size: 13
+  chunk_overlap: 5
+"""
+    )
+    entries = [
+        {
+            "name": "t",
+            "inference_type": "text2world",
+            "prompt": "text",
+            "seed": 1,
+            "resolution": "64,96",
+            "guidance": 5,
+        },
+        {"name": "i", "prompt_path": "a.txt", "input_path": "a.png"},
+        {
+            "name": "long",
+            "prompt": "Two\nlines.",
+            "num_output_frames": 40,
+            "enable_autoregressive": True,
+            "chunk_size": 13,
+            "chunk_overlap": 5,
+        },
+    ]
+    found = read_requests(str(folder / "in.yaml"), CONFIG)
+    assert found == read_requests(write_json(folder / "in.json", entries), CONFIG)
+    assert (found[2].num_frames, found[2].chunk_frames, found[2].chunk_overlap) == (40, 13, 5)
+    assert found[0].chunk_frames == 93
+
+
+def test_samples_take_the_defaults_around_them(folder: Path) -> None:
+    content = {
+        "seed": 5,
+        "prompt": "for all",
+        "num_steps": 2,
+        "enable_autoregressive": False,
+        "samples": {
+            "one": {"input_path": "a.png"},
+            "two": {"prompt_path": "b..txt", "seed": 6},
+        },
+    }
+    one, two = read_requests(write_json(folder / "in.json", content), CONFIG)
+    assert (one.name, one.prompt, one.image, one.seed, one.num_steps) == ("one", "for all", folder / "a.png", 5, 2)
+    assert (two.name, two.prompt, two.image, two.seed, two.num_steps) == ("two", "Another.", None, 6, 2)
+    assert one.chunk_frames is None
+
+
+def test_paths_are_relative_to_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "below").mkdir()
+    path = write_json(folder / "below" / "in.json", {"name": "x", "prompt_path": "../a.txt", "input_path": "../a.png"})
+    monkeypatch.chdir("/")
+    (request,) = read_requests(path, CONFIG)
+    assert (request.prompt, request.image) == ("A red circle.", folder / "below" / ".." / "a.png")
+
+
+def test_a_folder_of_ground_truth_gives_each_its_own(folder: Path) -> None:
+    path = write_json(folder / "in.json", [{"name": "clip", "prompt": "p"}])
+    (request,) = read_requests(path, replace(CONFIG, ground_truth=str(folder)))
+    assert request.ground_truth == folder / "clip.mp4"
+    with pytest.raises(UsageError, match=r"infer\.ground_truth: .*: no video named a \(2 missing\)"):
+        read_requests(str(folder), replace(CONFIG, ground_truth=str(folder)))
+    with pytest.raises(UsageError, match=r"infer\.ground_truth: .*gone: no such folder"):
+        read_requests("p", replace(CONFIG, ground_truth=str(folder / "gone")))

@@ -1,0 +1,159 @@
+"""NVIDIA's inference entries become requests: one object of a JSON, JSONL or YAML file each.
+
+Nothing is guessed: an unknown key, a path that is not there or two prompts are a UsageError that names the place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infer.documents import read_documents, read_text
+from infer.request import Request
+from manifests.errors import UsageError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+MOST_NAME_BYTES = 200
+
+
+def read_entries(path: Path, default: Request) -> list[Request]:
+    """The requests of a file; `infer.documents` says its forms, `Entry` an object's keys."""
+    documents = read_documents(path)
+    if not documents:
+        raise UsageError(f"{path}: no inputs in this file")
+    return [_parse_entry(where, path.parent, value, default) for where, value in documents]
+
+
+class Entry(BaseModel):
+    """One object of NVIDIA's inference JSON. Paths are relative to the file it stands in.
+
+    enable_autoregressive: false makes a video of any length at once. num_latent_conditional_frames and ground_truth
+    are ours.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(min_length=1)
+    inference_type: Literal["text2world", "image2world", "video2world"] | None = None
+    prompt: str | None = None
+    prompt_path: str | None = None
+    negative_prompt: str | None = None
+    input_path: str | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    resolution: str | None = Field(default=None, pattern=r"^(\d+,\s*\d+|none)$")
+    num_output_frames: int | None = Field(default=None, ge=1)
+    num_steps: int | None = Field(default=None, ge=1)
+    enable_autoregressive: bool | None = None
+    chunk_size: int | None = Field(default=None, ge=1)
+    chunk_overlap: int | None = Field(default=None, ge=1)
+    num_latent_conditional_frames: int | None = Field(default=None, ge=1, le=2)
+    ground_truth: str | None = None
+
+
+def _parse_entry(where: str, folder: Path, raw: Any, default: Request) -> Request:
+    if not isinstance(raw, dict):
+        raise UsageError(f"{where}: expected an object such as {{'name': ..., 'prompt': ...}}")
+    for key in raw:
+        if not isinstance(key, str):
+            raise UsageError(f"{where}: key {key!r} is not text; write it in quotes")
+    entry = _validate(where, raw)
+    if re.search(r"[/\\]", entry.name) or entry.name.startswith("."):
+        raise UsageError(f"{where}: name {entry.name!r} becomes a file name; leave out '/' and a leading '.'")
+    if len(entry.name.encode()) > MOST_NAME_BYTES:
+        raise UsageError(f"{where}: name {entry.name[:40]!r}... becomes a file name; {MOST_NAME_BYTES} bytes at most")
+    if (entry.prompt is None) == (entry.prompt_path is None):
+        raise UsageError(f"{where}: give one of prompt and prompt_path")
+    if entry.prompt_path is not None:
+        prompt = read_prompt(_existing(where, "prompt_path", folder / entry.prompt_path))
+    else:
+        prompt = (entry.prompt or "").strip()
+        if not prompt:
+            raise UsageError(f"{where}: prompt is empty")
+    image, video = _conditioning_input(where, folder, entry)
+    most = 2 if video else 1 if image else 0
+    clean = entry.num_latent_conditional_frames
+    if clean is not None and clean > most:
+        raise UsageError(f"{where}: num_latent_conditional_frames = {clean}; this input has at most {most}")
+    given: dict[str, Any] = {
+        "negative_prompt": entry.negative_prompt,
+        "seed": entry.seed,
+        "guidance": entry.guidance,
+        "num_steps": entry.num_steps,
+        "num_frames": entry.num_output_frames,
+        "chunk_frames": entry.chunk_size,
+        "chunk_overlap": entry.chunk_overlap,
+    }
+    if entry.ground_truth is not None:
+        given["ground_truth"] = _existing(where, "ground_truth", folder / entry.ground_truth)
+    if entry.resolution is not None and entry.resolution != "none":
+        given["height"], given["width"] = (int(side) for side in entry.resolution.split(","))
+    if entry.enable_autoregressive is False:
+        if entry.chunk_size is not None or entry.chunk_overlap is not None:
+            raise UsageError(f"{where}: enable_autoregressive is false; remove chunk_size and chunk_overlap")
+        default = replace(default, chunk_frames=None)
+    return replace(
+        default,
+        name=entry.name,
+        prompt=prompt,
+        image=image,
+        video=video,
+        num_latent_conditional_frames=most if clean is None else clean,
+        **{field: value for field, value in given.items() if value is not None},
+    )
+
+
+def _validate(where: str, raw: dict[str, Any]) -> Entry:
+    try:
+        return Entry.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, Entry.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(Entry.model_fields)}"
+            raise UsageError(f"{where}: unknown key {key!r}; {hint}") from error
+        if first["type"] == "missing":
+            raise UsageError(f"{where}: {key} is missing") from error
+        raise UsageError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from error
+
+
+def _conditioning_input(where: str, folder: Path, entry: Entry) -> tuple[Path | None, Path | None]:
+    """(image, video): what input_path names, checked against inference_type."""
+    if entry.input_path is None:
+        if entry.inference_type in ("image2world", "video2world"):
+            raise UsageError(f"{where}: {entry.inference_type} needs input_path")
+        return None, None
+    if entry.inference_type == "text2world":
+        raise UsageError(f"{where}: text2world takes no input_path; remove it or use image2world")
+    path = _existing(where, "input_path", folder / entry.input_path)
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
+        known = " ".join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+        raise UsageError(f"{where}: input_path {path} is neither image nor video; known suffixes: {known}")
+    is_image = suffix in IMAGE_SUFFIXES
+    found = "image2world" if is_image else "video2world"
+    if entry.inference_type not in (None, found):
+        kind = "an image" if is_image else "a video"
+        raise UsageError(f"{where}: {entry.inference_type}, but input_path {path} is {kind}; use {found}")
+    return (path, None) if is_image else (None, path)
+
+
+def read_prompt(path: Path) -> str:
+    """A caption file's text; an empty one is an error."""
+    prompt = read_text(path).strip()
+    if not prompt:
+        raise UsageError(f"{path}: the caption is empty")
+    return prompt
+
+
+def _existing(where: str, key: str, path: Path) -> Path:
+    if not path.is_file():
+        raise UsageError(f"{where}: {key} {path}: no such file")
+    return path
