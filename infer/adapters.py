@@ -35,7 +35,7 @@ def load_adapters(pipe: Any, adapters: Mapping[str, AdapterConfig], *, fuse: boo
     """
     if not adapters:
         return
-    check_adapters(adapters)
+    check_adapters(adapters, fuse=fuse)
     linears = {
         name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         for name, module in pipe.transformer.named_modules()
@@ -54,11 +54,18 @@ def load_adapters(pipe: Any, adapters: Mapping[str, AdapterConfig], *, fuse: boo
         pipe.unload_lora_weights()
 
 
-def check_adapters(adapters: Mapping[str, AdapterConfig]) -> None:
-    """Raise UsageError for a name no adapter can have, or a file that is not there; no file is read."""
+def check_adapters(adapters: Mapping[str, AdapterConfig], *, fuse: bool = False) -> None:
+    """Raise UsageError for a name no adapter can have, a range that is empty or fused, or a file that is not there."""
     for name, adapter in adapters.items():
         if not name.isidentifier():
             raise UsageError(f"infer.adapters.{name}: name an adapter with letters, digits and underscores")
+        if adapter.sigma_max is not None and adapter.sigma_min >= adapter.sigma_max:
+            ends = f"sigma_min = {adapter.sigma_min:g} is not below sigma_max = {adapter.sigma_max:g}"
+            raise UsageError(f"infer.adapters.{name}: {ends}; no step lies between")
+        if fuse and adapter.has_range:
+            raise UsageError(
+                f"infer.adapters.{name}: a fused adapter works at every sigma; drop its range or infer.fuse"
+            )
         find_adapter(Path(adapter.path))
 
 

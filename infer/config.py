@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -10,10 +12,23 @@ from manifests.config import STRICT, Dtype
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdapterConfig:
-    """path: a folder with `pytorch_lora_weights.safetensors`, or that file. weight: its scale."""
+    """path: a folder with `pytorch_lora_weights.safetensors`, or that file. weight: its scale.
+
+    sigma_min, sigma_max: the adapter works in the denoising steps whose sigma, 1 for noise and 0 for the video, is
+    sigma_min or more and less than sigma_max; null means no end.
+    """
 
     path: str
     weight: float = 1.0
+    sigma_min: float = Field(default=0.0, ge=0, le=1)
+    sigma_max: float | None = Field(default=None, gt=0, le=1)
+
+    @property
+    def has_range(self) -> bool:
+        return self.sigma_min > 0 or self.sigma_max is not None
+
+    def works_at(self, sigma: float) -> bool:
+        return self.sigma_min <= sigma and (self.sigma_max is None or sigma < self.sigma_max)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -29,6 +44,10 @@ class InferConfig:
     chunk_frames: 4k+1; a longer video is made in pieces of that many frames, the window the released models were
     trained on; null makes any length at once. chunk_overlap: frames of a piece that the next begins with, 1 or 5
     (1 or 2 latent frames).
+    parallel: what several ranks do. requests: each makes videos of its own. cfg: pairs make one, a rank for the prompt
+    and one for the negative prompt. context: all share the tokens of one video. auto: requests while there are enough
+    of them, else pairs, else shared tokens. Frames are the same within rounding, and exactly so with `requests`.
+    grid: also write `grid.mp4`, the videos side by side.
     ground_truth: folder with `<name>.mp4` for each request, to compare with by PSNR and SSIM.
     """
 
@@ -47,5 +66,7 @@ class InferConfig:
     conditioning_timestep: float = 0.0001
     chunk_frames: int | None = 93
     chunk_overlap: int = 1
+    parallel: Literal["auto", "requests", "cfg", "context"] = "auto"
+    grid: bool = False
     ground_truth: str | None = None
     dtype: Dtype = "bfloat16"

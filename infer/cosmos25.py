@@ -1,7 +1,7 @@
 """Cosmos-Predict2.5: all that is specific to this family when generating.
 
-A family file of `infer` has: DEFAULT_NEGATIVE_PROMPT, check_request, require_guardrail, load_pipeline,
-check_prompt, encode_prompt, release_text, generate_frames. The parts are those of diffusers'
+A family file of `infer` has: DEFAULT_NEGATIVE_PROMPT, check_request, num_tokens, latent_frames_of, require_guardrail,
+load_pipeline, check_prompt, encode_prompt, release_text, generate_frames. The parts are those of diffusers'
 `Cosmos2_5_PredictBasePipeline`; its transformer gets the trainer's faster forward, and its loop is `infer.denoise`.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from infer.denoise import PROJECTION, decode, denoise, project
 from infer.request import Request
+from infer.team import Team
 from infer.video import Frames, read_frames
 from manifests.config import ModelConfig
 from manifests.errors import LatentlineError, UsageError
@@ -37,7 +38,9 @@ __all__ = [
     "check_request",
     "encode_prompt",
     "generate_frames",
+    "latent_frames_of",
     "load_pipeline",
+    "num_tokens",
     "release_text",
     "require_guardrail",
 ]
@@ -79,7 +82,7 @@ def check_request(request: Request) -> None:
         key, frames = "chunk_frames", request.chunk_frames
     if frames <= 0 or frames % FRAME_STRIDE != 1:
         raise UsageError(f"{where}: {key} = {frames} is not 4k+1; near: {_around(frames, FRAME_STRIDE, 1)}")
-    latent_frames = (frames - 1) // FRAME_STRIDE + 1
+    latent_frames = latent_frames_of(frames)
     if key == "chunk_frames" and (request.chunk_overlap not in OVERLAPS or request.chunk_overlap >= frames):
         raise UsageError(
             f"{where}: chunk_overlap = {request.chunk_overlap}; it is {_either(OVERLAPS)} (1 or 2 latent frames), "
@@ -159,6 +162,17 @@ def release_text(pipe: Any) -> None:
         torch.cuda.empty_cache()
 
 
+def latent_frames_of(num_frames: int) -> int:
+    """Latent frames that `num_frames`, 4k+1, become."""
+    return (num_frames - 1) // FRAME_STRIDE + 1
+
+
+def num_tokens(request: Request) -> int:
+    """Tokens of the transformer for one window of the request's video."""
+    frames = min(request.num_frames, request.chunk_frames or request.num_frames)
+    return latent_frames_of(frames) * (request.height // SIZE_MULTIPLE) * (request.width // SIZE_MULTIPLE)
+
+
 def generate_frames(
     pipe: Any,
     request: Request,
@@ -167,14 +181,22 @@ def generate_frames(
     *,
     conditioning_timestep: float,
     on_step: Callable[[], None],
-) -> Frames:
-    """One video, uint8 [num_frames, height, width, 3].
+    on_sigma: Callable[[float], None] | None = None,
+    previous_THWC: Frames | None = None,
+    team: Team | None = None,
+) -> Frames | None:
+    """One video, uint8 [num_frames, height, width, 3]; None on ranks of `team` that do not lead it.
 
     context, negative_context: from `encode_prompt`, None where guidance is off (1 or less). conditioning_timestep:
-    of the clean frames, on the sigma scale; negative gives them the sigma of the others. on_step: called after each
-    denoising step. Noise is float32, drawn on the CPU from `request.seed`, so it is the same on every device.
+    of the clean frames, on the sigma scale; negative gives them the sigma of the others. on_step, on_sigma: called
+    after each denoising step, and with its sigma before. previous_THWC: 4k+1 frames to begin with, instead of the
+    request's image or video. Noise is float32, drawn on the CPU from `request.seed`, the same on every device.
     """
-    frames = [_load_image(request)] if request.image else _load_video(request) if request.video else None
+    frames: list[Image.Image] | None = None
+    if previous_THWC is not None:
+        frames = [Image.fromarray(frame) for frame in previous_THWC]
+    elif request.image or request.video:
+        frames = [_load_image(request)] if request.image else _load_video(request)
     condition_BCTHW = None
     if frames is not None:
         pixels_BCTHW = pipe.video_processor.preprocess_video(frames, request.height, request.width)
@@ -191,7 +213,12 @@ def generate_frames(
         generator=torch.Generator("cpu").manual_seed(request.seed),
         conditioning_timestep=conditioning_timestep,
         on_step=on_step,
+        on_sigma=on_sigma,
+        guidance_ranks=team and team.guidance,
+        context_ranks=team and team.context,
     )
+    if team is not None and not team.is_leader:
+        return None
     video_THWC = decode(pipe, latents_BCTHW, request.num_frames)
     if not np.isfinite(video_THWC).all():
         raise LatentlineError(f"{request.name}: the video is not finite; try dtype float32 or less guidance")

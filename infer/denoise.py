@@ -5,6 +5,7 @@ What differs from the pipeline's own call:
 - The prompt and the negative prompt go through the transformer as one batch, where memory allows.
 - Only the frames that condition the video go through the VAE: its encoder is causal.
 - Attention runs by the kernel that is fastest at the video's size.
+- Several ranks may share the work: a prompt each, or an equal run of the tokens each.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.attention import Kernel, choose_kernel, use_kernel
+from train.context_parallel import Context, gather_first, sharing
 
 PROJECTION = "crossattn_proj"
 
@@ -41,12 +43,17 @@ def denoise(
     generator: torch.Generator,
     conditioning_timestep: float,
     on_step: Callable[[], None],
+    on_sigma: Callable[[float], None] | None = None,
+    guidance_ranks: Context | None = None,
+    context_ranks: Context | None = None,
 ) -> Tensor:
     """Sample normalised latents [1, C, T, H / 8, W / 8], float32.
 
     contexts_1LD: of the prompt and, where guidance is on, of the negative prompt; projected if the model projects.
     condition_BCTHW: 4k + 1 clean frames in [-1, 1] that the video begins with, or None. conditioning_timestep: of
-    those frames, negative for that of the others. generator: of the initial noise.
+    those frames, negative for that of the others. generator: of the initial noise. on_sigma: called with a step's
+    sigma before its predictions. guidance_ranks: two ranks that predict for one prompt each. context_ranks: ranks that
+    share the tokens of each prediction. All ranks call this with the same values and return the same latents.
     """
     transformer, scheduler = pipe.transformer, pipe.scheduler
     device, dtype = contexts_1LD[0].device, transformer.dtype
@@ -67,6 +74,9 @@ def denoise(
     clean_velocity = (latents - clean) * mask
     padding_mask = latents.new_zeros(1, 1, height, width, dtype=dtype)
     contexts_BLD = torch.cat(list(contexts_1LD))
+    is_split = guidance_ranks is not None and len(contexts_BLD) > 1
+    if guidance_ranks is not None and is_split:
+        contexts_BLD = contexts_BLD[guidance_ranks.rank, None]
     batch_size = len(contexts_BLD) if _fits(transformer, len(contexts_BLD), latents) else 1
 
     def predict(noisy: Tensor, timestep: Tensor, contexts: Tensor) -> Tensor:
@@ -81,15 +91,20 @@ def denoise(
         )[0]
 
     scheduler.set_timesteps(num_steps, device=device)
-    with _projected(transformer), use_kernel(_kernel_for(transformer, latents, batch_size)):
+    with _projected(transformer), sharing(context_ranks), use_kernel(_kernel_for(transformer, latents, batch_size)):
         for index, step_time in enumerate(scheduler.timesteps):
             sigma = scheduler.sigmas[index].expand(1).to(device, torch.float32)
+            if on_sigma is not None:
+                on_sigma(float(sigma))
             timestep = sigma
             if conditioning_timestep >= 0:
                 timestep = indicator * conditioning_timestep + (1 - indicator) * sigma.view(1, 1, 1, 1, 1)
             noisy = (mask * clean + (1 - mask) * latents).to(dtype)
             parts = [predict(noisy, timestep, contexts) for contexts in contexts_BLD.split(batch_size)]
-            velocities = [clean_velocity + velocity * (1 - mask) for velocity in torch.cat(parts).split(1)]
+            predicted = torch.cat(parts)
+            if guidance_ranks is not None and is_split:
+                predicted = gather_first(predicted, guidance_ranks)
+            velocities = [clean_velocity + velocity * (1 - mask) for velocity in predicted.split(1)]
             velocity = velocities[0]
             if len(velocities) > 1:
                 velocity = velocity + guidance * (velocity - velocities[1])

@@ -1,44 +1,46 @@
-"""Requests in, videos out: load the model once, make each video, write what was made and how.
+"""Requests in, videos out: load the model once, make each video that is not there yet, write what was made and how.
 
     OUTPUT/<name>.mp4           one a request; an older one of that name is replaced
-    OUTPUT/contact_sheet.png    a row of frames for each
-    OUTPUT/results.json         prompts, seeds, sizes, seconds, model, adapters; rewritten after each video
+    OUTPUT/contact_sheet.png    a row of frames for each of the first 100
+    OUTPUT/grid.mp4             side by side, with `infer.grid`
+    OUTPUT/results.json         prompts, sizes, seconds, scores, errors, model, adapters; rewritten as videos appear
 
-The noise of a video depends on its seed and size alone: not on the device, the other requests or their order.
+The noise of a video depends on its seed and size alone: not on the device, the other requests or their order. Files
+appear whole or not at all, and a video whose fingerprint is the wanted one is kept, so a run that was ended goes on
+where it was. A request that fails is recorded and the others are made.
 """
 
 from __future__ import annotations
 
-import json
+import glob
 import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from infer.adapters import check_adapters, load_adapters
+from infer.adapters import check_adapters
+from infer.compare import check_ground_truth, compare_videos
 from infer.config import InferConfig
+from infer.grid import write_grid
 from infer.inputs import check_names
 from infer.progress import VideoProgress
 from infer.request import Request
-from infer.video import Frames, contact_sheet, spread_frames, write_mp4
+from infer.results import Result, fingerprints, read_fingerprint, read_records, write_results
+from infer.studio import Studio
+from infer.team import Team, choose_layout, from_rank_0, in_team, open_store
+from infer.video import contact_sheet, read_spread
 from manifests.config import ModelConfig
-from manifests.errors import UsageError
+from manifests.errors import LatentlineError, UsageError
 from manifests.family import find_family
+from train.parallel import Ranks, join
 
 SHEET_COLUMNS = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One video made. video: the MP4. seconds: wall time of denoising and decoding."""
-
-    video: Path
-    request: Request
-    seconds: float
+SHEET_ROWS = 100
+RESERVED_NAMES = ("grid",)
 
 
 def check_requests(model: ModelConfig, requests: Sequence[Request]) -> None:
@@ -48,7 +50,10 @@ def check_requests(model: ModelConfig, requests: Sequence[Request]) -> None:
     check_names(requests, "infer.inputs")
     family = find_family("infer", model)
     for request in requests:
+        if request.name in RESERVED_NAMES:
+            raise UsageError(f"infer.inputs: name {request.name!r} is another file's in the output folder; change it")
         family.check_request(request)
+        check_ground_truth(request)
 
 
 def generate(
@@ -57,18 +62,22 @@ def generate(
     requests: Sequence[Request],
     *,
     guardrail: bool,
+    force: bool = False,
     on_ready: Callable[[], None] | None = None,
     on_video: Callable[[Result], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Result]:
-    """Make every request's video in `config.output`, in order, on the GPU if there is one.
+    """Make the requests' videos in `config.output`, on the GPU if there is one; a result each, in their order.
 
-    guardrail: False lets prompts and videos pass unchecked. on_ready: called when the first video is about to be
-    made. on_video: called after each video is written.
-    Requests, output folder, model, adapters and prompts are checked before the first video and before anything is
-    written: UsageError. A failure while making a video raises LatentlineError and keeps the videos made before it.
+    guardrail: False lets prompts and videos pass unchecked. force: make videos again that are there already.
+    on_ready: called on rank 0 when the first video is about to be made. on_video: called after each video this rank
+    wrote. ranks: that share the work as `config.parallel` says, all of which call this; None means those that the
+    environment describes, as torchrun does. Rank 0 returns all results, the others none.
+    Requests, output folder, model and adapters are checked before the first video and before anything is written:
+    UsageError.
     """
     check_requests(model, requests)
-    check_adapters(config.adapters)
+    check_adapters(config.adapters, fuse=config.fuse)
     family = find_family("infer", model)
     requests = [
         replace(request, negative_prompt=family.DEFAULT_NEGATIVE_PROMPT) if request.negative_prompt is None else request
@@ -78,57 +87,125 @@ def generate(
         family.require_guardrail()
     output = Path(config.output)
     _check_output(output)
+    with join() if ranks is None else nullcontext(ranks) as ranks:
+        store = open_store(ranks)
+        prints, kept = from_rank_0(
+            ranks,
+            store,
+            "wanted",
+            _find_kept(model, config, requests, output, guardrail, force) if ranks.is_main else None,
+        )
+        pending = [request for request in requests if request.name not in kept]
+        layout = choose_layout(
+            config.parallel,
+            ranks.world,
+            videos=len(pending),
+            guided=all(request.guidance > 1 for request in pending),
+            tokens=sorted({family.num_tokens(request) for request in pending}),
+        )
+        earlier = read_records(output / "results.json") if ranks.is_main else {}
+        book = _Book(config, requests, prints, output, _report(model, config, guardrail, ranks))
+        for name in kept:
+            book.add(book.result(name, "kept", seconds=earlier.get((name, prints[name]), {}).get("seconds")))
+        with in_team(ranks, layout, store) as team, _progress(ranks, len(pending)) as progress:
+            if pending:
+                studio = Studio.open(model, config, pending, guardrail=guardrail, team=team)
+                output.mkdir(parents=True, exist_ok=True)
+                if on_ready is not None and ranks.is_main:
+                    on_ready()
+            for turn, index in enumerate(team.turns(len(pending))):
+                request = pending[index]
+                result = studio.make(request, output, prints[request.name], turn=turn, progress=progress)
+                if result is None:
+                    continue  # another rank of the team leads
+                team.report(index, result.facts())
+                book.add(result)
+                if result.video is not None and on_video is not None:
+                    on_video(result)
+                if ranks.is_main:
+                    book.add_reported(pending, team, wait=False)
+                    book.write()
+                progress.done(result, team.num_done())
+            if not ranks.is_main:
+                return []
+            book.add_reported(pending, team, wait=True)
+        return book.finish()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
-    pipe = family.load_pipeline(model, dtype=dtype, device=device, guardrail=guardrail)
-    load_adapters(pipe, config.adapters, fuse=config.fuse)
-    for prompt in {request.prompt for request in requests}:
-        family.check_prompt(pipe, prompt)
-    output.mkdir(parents=True, exist_ok=True)
-    # Contexts are 1 MB each on a real model, and wait on the CPU.
-    texts = dict.fromkeys(text for request in requests for text in _texts(request))
-    contexts = {text: family.encode_prompt(pipe, text) for text in texts}
-    family.release_text(pipe)
-    if on_ready is not None:
-        on_ready()
 
-    report = {
-        "model": asdict(model),
-        "adapters": {name: asdict(adapter) for name, adapter in config.adapters.items()},
-        "fused": config.fuse,
-        "guardrail": guardrail,
-        "fps": config.fps,
-        "conditioning_timestep": config.conditioning_timestep,
-        "dtype": config.dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-    results: list[Result] = []
-    rows: list[tuple[str, Frames]] = []
-    with VideoProgress(len(requests)) as progress:
-        for request in requests:
-            started = time.monotonic()
-            progress.start(request.name, request.num_steps)
-            prompt, *negative = (contexts[text] for text in _texts(request))
-            frames = family.generate_frames(
-                pipe,
-                request,
-                prompt,
-                negative[0] if negative else None,
-                conditioning_timestep=config.conditioning_timestep,
-                on_step=progress.step,
-            )
-            seconds = time.monotonic() - started
-            result = Result(video=output / f"{request.name}.mp4", request=request, seconds=seconds)
-            write_mp4(result.video, frames, config.fps)
-            results.append(result)
-            rows.append((f"{request.name}: {request.prompt}", spread_frames(frames, SHEET_COLUMNS)))
-            _write_results(output / "results.json", report, results)
-            progress.done(result.video, seconds)
-            if on_video is not None:
-                on_video(result)
-    contact_sheet(output / "contact_sheet.png", rows, columns=SHEET_COLUMNS)
-    return results
+def _find_kept(
+    model: ModelConfig, config: InferConfig, requests: Sequence[Request], output: Path, guardrail: bool, force: bool
+) -> tuple[dict[str, str], list[str]]:
+    """(fingerprint by name, names of the videos that are there)."""
+    for request in requests:
+        for left_over in output.glob(f".{glob.escape(request.name)}.mp4.*.part"):  # of a run that was killed
+            left_over.unlink(missing_ok=True)
+    prints = fingerprints(model, config, requests, guardrail=guardrail)
+    names = [] if force else [name for name, each in prints.items() if read_fingerprint(output / f"{name}.mp4") == each]
+    return prints, names
+
+
+class _Book:
+    """Results as they come in, and the files that are made of them."""
+
+    def __init__(
+        self,
+        config: InferConfig,
+        requests: Sequence[Request],
+        prints: dict[str, str],
+        output: Path,
+        report: dict[str, Any],
+    ) -> None:
+        self._config, self._output, self._report = config, output, report
+        self._requests = {request.name: request for request in requests}
+        self._prints = prints
+        self._results: dict[str, Result] = {}
+
+    def result(self, name: str, status: str, **facts: Any) -> Result:
+        video = None if status == "failed" else self._output / f"{name}.mp4"
+        return Result(request=self._requests[name], fingerprint=self._prints[name], status=status, video=video, **facts)
+
+    def add(self, result: Result) -> None:
+        self._results[result.request.name] = result
+
+    def add_reported(self, pending: Sequence[Request], team: Team, *, wait: bool) -> None:
+        unknown = [index for index, request in enumerate(pending) if request.name not in self._results]
+        for index, facts in team.reported(unknown, wait=wait).items():
+            self.add(self.result(pending[index].name, **facts))
+
+    def in_order(self) -> list[Result]:
+        return [self._results[name] for name in self._requests if name in self._results]
+
+    def write(self) -> None:
+        write_results(self._output / "results.json", self._report, [result.record() for result in self.in_order()])
+
+    def finish(self) -> list[Result]:
+        """Compare with ground truth what is still to be compared, and write the files about all videos."""
+        for result in self.in_order():
+            truth = result.request.ground_truth
+            if truth is not None and result.video is not None:
+                try:
+                    psnr, ssim = compare_videos(result.video, truth)
+                    self.add(replace(result, psnr=psnr, ssim=ssim))
+                except LatentlineError as error:
+                    self.add(replace(result, error=f"made, but not compared: {error}"))
+        results = self.in_order()
+        self.write()
+        shown = [(f"{r.request.name}: {r.request.prompt}", r.video, r.request) for r in results if r.video is not None]
+        if shown:
+            rows = [(label, read_spread(video, SHEET_COLUMNS)) for label, video, _ in shown[:SHEET_ROWS]]
+            contact_sheet(self._output / "contact_sheet.png", rows, columns=SHEET_COLUMNS)
+        if shown and self._config.grid:
+            cells = []
+            for _, video, request in shown:
+                if request.ground_truth is not None:
+                    cells.append((f"{request.name}: ground truth", request.ground_truth))
+                cells.append((request.name, video))
+            write_grid(self._output / "grid.mp4", cells, self._config.fps)
+        return results
+
+
+def _progress(ranks: Ranks, count: int) -> VideoProgress:
+    return VideoProgress(count, bars=ranks.is_main)
 
 
 def _check_output(output: Path) -> None:
@@ -140,16 +217,16 @@ def _check_output(output: Path) -> None:
         raise UsageError(f"infer.output: {output}: cannot write into {existing}")
 
 
-def _write_results(path: Path, report: dict[str, Any], results: Sequence[Result]) -> None:
-    videos = [
-        {"file": result.video.name, **asdict(result.request), "seconds": round(result.seconds, 3)} for result in results
-    ]
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps({**report, "videos": videos}, indent=2, default=str) + "\n", "utf-8")
-    temporary.replace(path)
-
-
-def _texts(request: Request) -> list[str]:
-    """The prompt, and the negative prompt where guidance uses it: above 1, as in diffusers."""
-    assert request.negative_prompt is not None
-    return [request.prompt, request.negative_prompt] if request.guidance > 1 else [request.prompt]
+def _report(model: ModelConfig, config: InferConfig, guardrail: bool, ranks: Ranks) -> dict[str, Any]:
+    device = ranks.device
+    return {
+        "model": asdict(model),
+        "adapters": {name: asdict(adapter) for name, adapter in config.adapters.items()},
+        "fused": config.fuse,
+        "guardrail": guardrail,
+        "fps": config.fps,
+        "conditioning_timestep": config.conditioning_timestep,
+        "dtype": config.dtype,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "ranks": ranks.world,
+    }

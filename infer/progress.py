@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from infer.results import Result
+
 
 class VideoProgress(AbstractContextManager["VideoProgress"]):
-    """Progress on stderr: bars on a terminal, a line a video elsewhere."""
+    """Progress on stderr: bars on a terminal, a line a video elsewhere. bars: False on all ranks but one."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, bars: bool = True) -> None:
         self._console = Console(stderr=True)
         self._count = count
         self._progress = Progress(
@@ -21,7 +22,7 @@ class VideoProgress(AbstractContextManager["VideoProgress"]):
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not (bars and self._console.is_terminal),
         )
         self._videos = self._progress.add_task("videos", total=self._count)
         self._steps = self._progress.add_task("steps")
@@ -40,9 +41,15 @@ class VideoProgress(AbstractContextManager["VideoProgress"]):
     def step(self) -> None:
         self._progress.advance(self._steps)
 
-    def done(self, path: Path, seconds: float) -> None:
-        self._finished += 1
-        self._progress.advance(self._videos)
-        if self._progress.disable:
-            line = f"video {self._finished}/{self._count}: {path} in {seconds:.1f} s"
-            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+    def done(self, result: Result, num_done: int) -> None:
+        """Show what became of a request. num_done: on all ranks so far, 0 where this rank alone knows."""
+        self._finished = max(self._finished + 1, num_done)
+        self._progress.update(self._videos, completed=self._finished)
+        line = f"video {self._finished}/{self._count}: "
+        if result.video is None:
+            line += f"{result.request.name} failed: {result.error}"
+        elif self._progress.disable:
+            line += f"{result.video} in {result.seconds:.1f} s"
+        else:
+            return
+        self._console.print(line, soft_wrap=True, highlight=False, markup=False)

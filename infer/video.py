@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -32,13 +32,52 @@ X264_OPTIONS = {"preset": "medium", "threads": "4", "x264-params": "mbtree=0"}
 was seen to differ between calls on equal frames."""
 
 
-def write_mp4(path: Path, frames_THWC: Frames, fps: float, *, crf: int = 16) -> None:
-    """Write frames as H.264, yuv420p, BT.709, limited range.
+def write_mp4(path: Path, frames_THWC: Frames, fps: float, *, crf: int = 16, comment: str | None = None) -> None:
+    """Write frames as one video; see `video_writer`. Raises LatentlineError where there are none, too."""
+    with video_writer(path, fps, crf=crf, comment=comment) as write:
+        write(frames_THWC)
 
-    fps: frames a second, rounded to a thousandth. crf: x264's constant rate factor, 0 (best) to 51.
-    yuv420p halves both sides of the colour planes, so H and W must be even.
-    Raises LatentlineError on another shape or type, or if the file cannot be written.
+
+@contextmanager
+def video_writer(
+    path: Path, fps: float, *, crf: int = 16, comment: str | None = None
+) -> Iterator[Callable[[Frames], None]]:
+    """A function that appends frames to a new H.264 MP4, yuv420p, BT.709, limited range; there at the end, whole.
+
+    fps: frames a second, rounded to a thousandth. crf: x264's constant rate factor, 0 (best) to 51. comment: text
+    in the file's metadata. yuv420p halves both sides of the colour planes, so H and W must be even.
+    Raises LatentlineError on another shape or type, if nothing was appended, or if the file cannot be written.
     """
+    with _written_whole(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        if comment is not None:
+            container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf), **X264_OPTIONS}
+        context = stream.codec_context
+        context.color_range = ColorRange.MPEG
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        size: tuple[int, ...] | None = None
+
+        def write(frames_THWC: Frames) -> None:
+            nonlocal size
+            _check_frames(path, frames_THWC)
+            if size not in (None, frames_THWC.shape[1:]):
+                raise LatentlineError(f"{path}: frames of {frames_THWC.shape[1:]} in a video of {size}")
+            if size is None:
+                size = frames_THWC.shape[1:]
+                stream.height, stream.width = size[:2]
+            for frame_HWC in frames_THWC:
+                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+                yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+                container.mux(stream.encode(yuv))
+
+        yield write
+        if size is None:
+            raise LatentlineError(f"{path}: no frames to write")
+        container.mux(stream.encode())
+
+
+def _check_frames(path: Path, frames_THWC: Frames) -> None:
     if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or frames_THWC.dtype != np.uint8:
         found = f"{frames_THWC.dtype} {list(frames_THWC.shape)}"
         raise LatentlineError(f"{path}: frames must be uint8 [T, H, W, 3], these are {found}")
@@ -47,18 +86,6 @@ def write_mp4(path: Path, frames_THWC: Frames, fps: float, *, crf: int = 16) -> 
         raise LatentlineError(f"{path}: no frames to write")
     if height % 2 or width % 2:
         raise LatentlineError(f"{path}: H.264 yuv420p needs an even height and width, not {height} x {width}")
-    with _written_whole(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"crf": str(crf), **X264_OPTIONS}
-        context = stream.codec_context
-        context.color_range = ColorRange.MPEG
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        for frame_HWC in frames_THWC:
-            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
-            yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-            container.mux(stream.encode(yuv))
-        container.mux(stream.encode())
 
 
 def read_frames(path: Path, *, last: int | None = None) -> Frames:
@@ -66,23 +93,35 @@ def read_frames(path: Path, *, last: int | None = None) -> Frames:
 
     Raises LatentlineError if there is no such file or it cannot be decoded.
     """
-    frames: deque[Frames] = deque(maxlen=last)
+    return np.stack(deque(iterate_frames(path), maxlen=last))
+
+
+def iterate_frames(path: Path) -> Iterator[Frames]:
+    """Frames [H, W, 3] of the file's first video stream, in display order, one at a time; errors as `read_frames`."""
+    found = False
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                frames.append(frame.to_ndarray(format="rgb24"))
+                found = True
+                yield frame.to_ndarray(format="rgb24")
     except (OSError, IndexError, av.FFmpegError) as error:
         reason = getattr(error, "strerror", None) or "it has no video stream"
         raise LatentlineError(f"{path}: cannot read this video: {reason}") from error
-    if not frames:
+    if not found:
         raise LatentlineError(f"{path}: cannot read this video: no frame could be decoded")
-    return np.stack(frames)
 
 
 def spread_frames(frames_THWC: Frames, count: int) -> Frames:
     """At most `count` frames, evenly spaced, the first and the last included."""
     chosen = np.linspace(0, len(frames_THWC) - 1, min(count, len(frames_THWC))).round().astype(int)
     return frames_THWC[chosen]
+
+
+def read_spread(path: Path, count: int) -> Frames:
+    """`spread_frames` of a video, holding no more of it than those frames."""
+    total = sum(1 for _ in iterate_frames(path))
+    wanted = {int(index) for index in np.linspace(0, total - 1, min(count, total)).round()}
+    return np.stack([frame for index, frame in enumerate(iterate_frames(path)) if index in wanted])
 
 
 def contact_sheet(path: Path, rows: Sequence[tuple[str, Frames]], *, columns: int = 6, cell_width: int = 240) -> None:
@@ -102,7 +141,7 @@ def contact_sheet(path: Path, rows: Sequence[tuple[str, Frames]], *, columns: in
     draw = ImageDraw.Draw(sheet)
     top = 0
     for label, images in strips:
-        draw.text((gap, top + 3), _shorten(label, font, sheet_width - 2 * gap), fill="black", font=font)
+        draw.text((gap, top + 3), shorten(label, font, sheet_width - 2 * gap), fill="black", font=font)
         top += label_height
         for column, image in enumerate(images):
             sheet.paste(image, (gap + column * (image.width + gap), top))
@@ -118,7 +157,8 @@ def _thumbnail(frame_HWC: Frames, width: int) -> Image.Image:
     return image
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The text on one line, cut to `width` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

@@ -114,7 +114,7 @@ def train(
 def infer(
     recipe: RecipeArgument,
     inputs: Annotated[
-        str | None, typer.Argument(help="A prompt, a folder of .png/.txt pairs, or a .json/.jsonl file.")
+        str | None, typer.Argument(help="A prompt, a folder of .png/.txt pairs, or a .json/.jsonl/.yaml file.")
     ] = None,
     overrides: SetOption = None,
     adapter: Annotated[
@@ -125,15 +125,32 @@ def infer(
         bool,
         typer.Option(help="NVIDIA's Open Model License asks for a guardrail; without one, keeping to it is up to you."),
     ] = True,
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="N|all", help="Use N GPUs of this machine, or all; without GPUs, N CPU ranks."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Make videos again that are there already.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate videos with the base model and adapters."""
+    """Generate videos with the base model and adapters; videos that are there already are kept."""
     loaded = load_recipe(recipe, overrides or ())
+    if gpus is not None and not dry_run:
+        from pipeline.launch import count_gpus, launch
+
+        if (ranks := count_gpus(gpus)) > 1:
+            arguments = ["infer", recipe, *([inputs] if inputs is not None else [])]
+            arguments += [part for override in overrides or () for part in ("--set", override)]
+            arguments += [part for path in adapter or () for part in ("--adapter", path)]
+            arguments += ["--guardrail" if guardrail else "--no-guardrail"]
+            arguments += [*(["--force"] if force else []), *(["--json"] if as_json else [])]
+            raise typer.Exit(launch(arguments, ranks=ranks))
     from pipeline.stages import infer_stage
 
-    result = infer_stage(loaded, inputs, adapters=adapter, guardrail=guardrail, dry_run=dry_run)
-    emit(result, as_json=as_json)
+    result, code = infer_stage(loaded, inputs, adapters=adapter, guardrail=guardrail, force=force, dry_run=dry_run)
+    if int(os.environ.get("RANK", "0")) == 0:
+        emit(result, as_json=as_json, hide_zero=("kept", "failed"))
+        raise typer.Exit(code)
 
 
 @app.command()

@@ -71,13 +71,13 @@ def emit(result: Mapping[str, Any], *, as_json: bool, hide_zero: Collection[str]
     """Print a command's result on stdout: a JSON object, or a line a value.
 
     Numbers whose name, or a name around it, ends in "bytes" are shown in KiB and the like; JSON has them whole.
-    hide_zero: names left out of the text where their value is 0. JSON has null where a number is not finite.
+    hide_zero: names left out of the text where their value is 0 or empty. JSON has null where a number is not finite.
     """
     if as_json:
         json.dump(_plain(result), sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
         return
-    lines = _lines({name: value for name, value in result.items() if not (name in hide_zero and value == 0)})
+    lines = _lines({name: value for name, value in result.items() if not (name in hide_zero and not value)})
     width = max((len(label) for label, _ in lines), default=0)
     out = Console(highlight=False)
     for label, text in lines:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import TaskID
 
@@ -15,9 +15,9 @@ from encode.naming import Clip
 from encode.stopping import Stop, stop_on_signal
 from encode.throughput import throughput
 from encode.worker import ShardReport
-from infer.config import AdapterConfig
+from infer.config import AdapterConfig, InferConfig
 from manifests.cache import Cache
-from manifests.errors import EXIT_DONE, EXIT_QUARANTINED, UsageError
+from manifests.errors import EXIT_DONE, EXIT_FAILURE, EXIT_QUARANTINED, UsageError
 from manifests.family import find_family
 from manifests.local_cache import CachedStore
 from manifests.schema import KINDS
@@ -25,6 +25,9 @@ from manifests.snapshot import load_snapshot
 from pipeline.array import array_expression, array_tasks, missing_tasks, plan_array
 from pipeline.recipe import Recipe, resolved, write_resolved
 from pipeline.report import human_bytes, log, progress_bar, quiet_libraries, track
+
+if TYPE_CHECKING:
+    from infer.results import Result
 
 _SHOWN_ERRORS = 5
 
@@ -144,12 +147,13 @@ def infer_stage(
     *,
     adapters: Sequence[str] | None = None,
     guardrail: bool = True,
+    force: bool = False,
     dry_run: bool = False,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], int]:
     """Generate the videos of `inputs`, or of `infer.inputs`; `adapters` replace the recipe's.
 
-    With `dry_run`, say what they would be after the checks that need no model. Nothing is written before all that
-    can be checked is.
+    Returns the result and the exit code: 3 if some requests failed, 1 if all did. With `dry_run`, say what the videos
+    would be after the checks that need no model. Nothing is written before all that can be checked is.
     """
     from infer.adapters import check_adapters
     from infer.generate import check_requests, generate
@@ -160,21 +164,41 @@ def infer_stage(
     if adapters:
         config = replace(config, adapters={_adapter_name(i): AdapterConfig(path=p) for i, p in enumerate(adapters)})
     if config.inputs is None:
-        raise UsageError("infer has no inputs: give a prompt, a folder or a .json/.jsonl file, or set infer.inputs")
+        raise UsageError(
+            "infer has no inputs: give a prompt, a folder, a .json, .jsonl or .yaml file, or set infer.inputs"
+        )
     requests = read_requests(config.inputs, config)
     check_requests(recipe.model, requests)
-    check_adapters(config.adapters)
+    check_adapters(config.adapters, fuse=config.fuse)
     if dry_run:
         paths = {name: adapter.path for name, adapter in config.adapters.items()}
-        return {"output": config.output, "adapters": paths, "videos": [asdict(request) for request in requests]}
+        videos = [asdict(request) for request in requests]
+        return {"output": config.output, "adapters": paths, "videos": videos}, EXIT_DONE
     results = generate(
         recipe.model,
         config,
         requests,
         guardrail=guardrail,
+        force=force,
         on_ready=lambda: write_resolved(replace(recipe, infer=config), Path(config.output)),
     )
-    return {"output": config.output, "videos": [result.video for result in results]}
+    return _infer_result(config, results)
+
+
+def _infer_result(config: InferConfig, results: Sequence[Result]) -> tuple[dict[str, Any], int]:
+    failed = [f"{result.request.name}: {result.error}" for result in results if result.error is not None]
+    kept = sum(result.status == "kept" for result in results)
+    summary: dict[str, Any] = {"output": config.output}
+    scored = [result for result in results if result.ssim is not None]
+    if scored:
+        summary["scores"] = {r.request.name: {"psnr_db": r.psnr, "ssim": r.ssim} for r in scored}
+        known = [r.psnr for r in scored if r.psnr is not None]
+        summary["mean_psnr_db"] = sum(known) / len(known) if known else None
+        summary["mean_ssim"] = sum(r.ssim or 0.0 for r in scored) / len(scored)
+    summary |= {"kept": kept, "failed": failed}
+    summary["videos"] = [result.video for result in results if result.video is not None]
+    code = EXIT_DONE if not failed else EXIT_QUARANTINED if summary["videos"] else EXIT_FAILURE
+    return summary, code
 
 
 def _run_with_progress(recipe: Recipe, planned: EncodePlan, index: int, total: int, stop: Stop) -> list[ShardReport]:

@@ -88,6 +88,11 @@ def whole(x_BNC: Tensor) -> Tensor:
     return _Whole.apply(x_BNC, _context.rank, _context.world, _context.group)
 
 
+def gather_first(x: Tensor, ranks: Context) -> Tensor:
+    """The ranks' tensors, joined along the first dimension in their order; without gradients."""
+    return _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), ranks.world, ranks.group))
+
+
 def check_divides(context_parallel: int, tokens_by_shape: Mapping[tuple[int, ...], int]) -> None:
     """Raise `UsageError` if the tokens of a sample cannot be shared out evenly. Shapes are (C, T, H, W)."""
     fitting = [ranks for ranks in range(1, MOST_RANKS + 1) if not _undivided(ranks, tokens_by_shape.values())]

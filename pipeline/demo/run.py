@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from manifests.errors import EXIT_DONE, LatentlineError
 from pipeline.demo.checkpoint import build_tiny_checkpoint
 from pipeline.demo.videos import make_videos
 from pipeline.recipe import load_recipe, resolved, to_toml
@@ -50,7 +51,9 @@ def run_demo(output: Path, *, executor: str = "ray") -> dict[str, Any]:
     log("5/5 infer: videos with the adapter")
     prompts = output / "prompts"
     _pick_prompts(data, prompts)
-    generated = infer_stage(recipe, str(prompts), guardrail=False)
+    generated, code = infer_stage(recipe, str(prompts), guardrail=False)
+    if code != EXIT_DONE:
+        raise LatentlineError(f"infer: {generated['failed'][0]}")
     return {
         "recipe": str(recipe_file),
         "checkpoint": str(checkpoint),

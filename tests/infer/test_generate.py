@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from infer.config import AdapterConfig, InferConfig
-from infer.generate import Result, check_requests, generate
+from infer.generate import check_requests, generate
 from infer.inputs import read_requests
 from infer.request import Request
+from infer.results import Result
 from infer.video import read_frames
 from manifests.config import ModelConfig
 from manifests.errors import UsageError

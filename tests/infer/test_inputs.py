@@ -220,7 +220,6 @@ def test_yaml_says_the_same_as_json(folder: Path) -> None:
             "prompt": "text",
             "seed": 1,
             "resolution": "64,96",
-            "guidance": 5,
         },
         {"name": "i", "prompt_path": "a.txt", "input_path": "a.png"},
         {

@@ -42,7 +42,7 @@ class Run:
 
     def infer(self, output: Path, **options: Any) -> np.ndarray:
         recipe = replace(self.recipe, infer=replace(self.recipe.infer, output=str(output)))
-        result = infer_stage(recipe, PROMPT, guardrail=False, **options)
+        result, _ = infer_stage(recipe, PROMPT, guardrail=False, **options)
         return read_frames(result["videos"][0])
 
 

@@ -1,0 +1,86 @@
+"""`latentline infer` as a command: over several ranks, killed and run again, and what it exits with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infer.video import read_frames
+from manifests.errors import LatentlineError
+from pipeline.recipe import load_recipe
+from pipeline.stages import infer_stage
+from tests import jobs
+from tests.pipeline.recipes import recipe_values, write_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_checkpoint: Path, demo_dataset: Path) -> Path:
+    return write_recipe(tmp_path, recipe_values(tmp_path, tiny_checkpoint, demo_dataset))
+
+
+def write_inputs(folder: Path, count: int, **common: Any) -> Path:
+    path = folder / "in.json"
+    samples = {f"v{index}": {"prompt": f"circle {index}"} for index in range(count)}
+    path.write_text(json.dumps({**common, "samples": samples}))
+    return path
+
+
+def complete(folder: Path) -> list[str]:
+    """Names of the videos that are there; all of them can be read to the end."""
+    names = []
+    for path in sorted(folder.glob("*.mp4")):
+        try:
+            assert len(read_frames(path)) == 9
+        except LatentlineError:
+            pytest.fail(f"{path} is torn")
+        names.append(path.stem)
+    return names
+
+
+def test_a_folder_over_two_ranks_is_killed_and_finished_by_the_same_command(recipe: Path, tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path, 12, num_steps=20)
+    command = ("infer", recipe, inputs, "--gpus", "2", "--no-guardrail", "--json")
+    videos = tmp_path / "videos"
+    process = jobs.start(*command)
+    jobs.wait_until(lambda: len(list(videos.glob("v*.mp4"))) > 1, process)
+    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    for pid in [process.pid, *ranks]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    before = {name: (videos / f"{name}.mp4").stat().st_mtime_ns for name in complete(videos)}
+    assert 1 < len(before) < 12
+
+    (videos / ".v11.mp4.1.part").write_bytes(b"torn")  # what a kill in the middle of writing leaves
+    done = jobs.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert not any(path.name.endswith(".part") for path in videos.iterdir())
+    result = json.loads(done.stdout)
+    assert result["kept"] == len(before)
+    assert len(complete(videos)) == len(result["videos"]) == 12
+    assert {name: (videos / f"{name}.mp4").stat().st_mtime_ns for name in before} == before
+    records = json.loads((videos / "results.json").read_text())
+    assert records["ranks"] == 2
+    assert [record["name"] for record in records["videos"]] == [f"v{index}" for index in range(12)]
+    assert {r["name"] for r in records["videos"] if r["status"] == "kept"} == set(before)
+    assert (videos / "contact_sheet.png").exists()
+    assert (videos / "recipe.toml").exists()
+
+
+def test_some_that_fail_exit_3_and_all_exit_1(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    entries = [{"name": "bad", "prompt": "p", "input_path": "bad.png"}, {"name": "good", "prompt": "a circle"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    done = jobs.run("infer", recipe, tmp_path / "in.jsonl", "--no-guardrail", "--gpus", "2")
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("failed") and "bad.png: cannot read this image" in line for line in lines)
+    assert lines[-1].endswith("good.mp4")
+    (tmp_path / "in.jsonl").write_text(json.dumps(entries[0]))
+    result, code = infer_stage(load_recipe(str(recipe)), str(tmp_path / "in.jsonl"), guardrail=False)
+    assert (code, result["videos"]) == (1, [])
