@@ -27,7 +27,7 @@ from infer.compare import check_ground_truth, compare_videos
 from infer.config import InferConfig
 from infer.grid import write_grid
 from infer.inputs import check_names
-from infer.progress import VideoProgress
+from infer.progress import VideoProgress, track
 from infer.request import Request
 from infer.results import Result, fingerprints, read_fingerprint, read_records, write_results
 from infer.studio import Studio
@@ -118,6 +118,7 @@ def generate(
                 result = studio.make(request, output, prints[request.name], turn=turn, progress=progress)
                 if result is None:
                     continue  # another rank of the team leads
+                result = _compared(result)
                 team.report(index, result.facts())
                 book.add(result)
                 if result.video is not None and on_video is not None:
@@ -179,20 +180,17 @@ class _Book:
         write_results(self._output / "results.json", self._report, [result.record() for result in self.in_order()])
 
     def finish(self) -> list[Result]:
-        """Compare with ground truth what is still to be compared, and write the files about all videos."""
-        for result in self.in_order():
-            truth = result.request.ground_truth
-            if truth is not None and result.video is not None:
-                try:
-                    psnr, ssim = compare_videos(result.video, truth)
-                    self.add(replace(result, psnr=psnr, ssim=ssim))
-                except LatentlineError as error:
-                    self.add(replace(result, error=f"made, but not compared: {error}"))
+        """Compare the videos that were there already with their ground truth, and write the files about all."""
+        for result in track([result for result in self.in_order() if result.status == "kept"], "comparing"):
+            self.add(_compared(result))
         results = self.in_order()
         self.write()
         shown = [(f"{r.request.name}: {r.request.prompt}", r.video, r.request) for r in results if r.video is not None]
         if shown:
-            rows = [(label, read_spread(video, SHEET_COLUMNS)) for label, video, _ in shown[:SHEET_ROWS]]
+            rows = [
+                (label, read_spread(video, SHEET_COLUMNS))
+                for label, video, _ in track(shown[:SHEET_ROWS], "contact sheet")
+            ]
             contact_sheet(self._output / "contact_sheet.png", rows, columns=SHEET_COLUMNS)
         if shown and self._config.grid:
             cells = []
@@ -200,8 +198,19 @@ class _Book:
                 if request.ground_truth is not None:
                     cells.append((f"{request.name}: ground truth", request.ground_truth))
                 cells.append((request.name, video))
-            write_grid(self._output / "grid.mp4", cells, self._config.fps)
+            together = 2 if len(cells) == 2 * len(shown) else 1
+            write_grid(self._output / "grid.mp4", cells, self._config.fps, together=together)
         return results
+
+
+def _compared(result: Result) -> Result:
+    if result.video is None or result.request.ground_truth is None:
+        return result
+    try:
+        psnr, ssim = compare_videos(result.video, result.request.ground_truth)
+    except LatentlineError as error:
+        return replace(result, error=f"there, but not compared: {error}")
+    return replace(result, psnr=psnr, ssim=ssim)
 
 
 def _progress(ranks: Ranks, count: int) -> VideoProgress:

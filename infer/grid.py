@@ -16,17 +16,20 @@ MOST_CELLS = 64
 """More would be too small to see, and every cell is a decoder."""
 
 
-def write_grid(path: Path, cells: Sequence[tuple[str, Path]], fps: float, *, cell_width: int = 320) -> None:
+def write_grid(
+    path: Path, cells: Sequence[tuple[str, Path]], fps: float, *, together: int = 1, cell_width: int = 320
+) -> None:
     """Write a grid of videos, near square, in order by rows; a video that ends early keeps its last frame.
 
-    cells: (label, video), 64 at most are shown. cell_width: pixels a frame is fitted into, never enlarged beyond
-    the first video's own width; heights follow the tallest. fps: of the grid, and of all its videos.
+    cells: (label, video), 64 at most are shown. together: runs of that many cells stay in a row. cell_width: pixels
+    a frame is fitted into, never enlarged beyond the widest video; heights follow the tallest. fps: of the grid, and
+    of all its videos.
     """
     shown = cells[:MOST_CELLS]
     sizes = [next(iterate_frames(video)).shape[:2] for _, video in shown]
     width = _even(min(cell_width, max(w for _, w in sizes)))
     height = _even(max(round(h * min(1.0, width / w)) for h, w in sizes)) + _LABEL_HEIGHT
-    columns = math.ceil(math.sqrt(len(shown)))
+    columns = together * math.ceil(math.sqrt(len(shown)) / together)
     rows = math.ceil(len(shown) / columns)
     font = ImageFont.load_default(size=13)
     canvas = Image.new("RGB", (columns * width, rows * height), "black")

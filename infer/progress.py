@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track as rich_track
 
 from infer.results import Result
+
+Item = TypeVar("Item")
+
+
+def track(items: Sequence[Item], description: str) -> Iterable[Item]:
+    """The items, with a bar on stderr where that is a terminal and they take their time."""
+    console = Console(stderr=True)
+    return rich_track(items, description, console=console, transient=True, disable=not console.is_terminal)
 
 
 class VideoProgress(AbstractContextManager["VideoProgress"]):

@@ -50,7 +50,8 @@ class Result:
 
     def facts(self) -> dict[str, Any]:
         """What another rank needs to know of it, plain JSON."""
-        return {"status": self.status, "seconds": self.seconds, "error": self.error}
+        names = ("status", "seconds", "error", "psnr", "ssim")
+        return {name: getattr(self, name) for name in names}
 
     def record(self) -> dict[str, Any]:
         """Its entry in results.json."""

@@ -2,6 +2,8 @@
 
     python -m tests.infer.ranks JOBS.json
 
+What is imported by name is imported here, once for all ranks.
+
 A job is {"world", "port", "model", "inputs", "config"}. Prints [job, rank, name] as JSON for each video written.
 """
 
@@ -15,12 +17,24 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKLWan, CosmosTransformer3DModel, UniPCMultistepScheduler
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+import infer.cosmos25
 from infer.config import InferConfig
 from infer.generate import generate
 from infer.inputs import read_requests
 from manifests.config import ModelConfig
 
-SECONDS = 120
+SECONDS = 240
+IMPORTED_ONCE = (
+    AutoencoderKLWan,
+    CosmosTransformer3DModel,
+    Qwen2Tokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    UniPCMultistepScheduler,
+    infer.cosmos25,
+)
 
 
 def run_rank(job: dict[str, Any], index: int, rank: int) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from infer.compare import compare_videos, ssim
 from infer.config import AdapterConfig, InferConfig
 from infer.generate import generate
+from infer.grid import write_grid
 from infer.inputs import read_requests
 from infer.request import Request
 from infer.results import Result, read_fingerprint
@@ -157,3 +158,16 @@ def test_the_ground_truth_may_have_another_size_and_more_frames(tmp_path: Path) 
     psnr, similarity = compare_videos(tmp_path / "a.mp4", tmp_path / "b.mp4")
     assert psnr == pytest.approx(10 * np.log10(255**2 / 10**2), abs=1.0)
     assert similarity > 0.98
+
+
+def test_cells_that_belong_together_stay_in_a_row(tmp_path: Path) -> None:
+    for index in range(6):
+        write_mp4(tmp_path / f"{index}.mp4", np.full((2, 32, 32, 3), 40 * index, np.uint8), 16.0)
+    cells = [(str(index), tmp_path / f"{index}.mp4") for index in range(6)]
+    write_grid(tmp_path / "near_square.mp4", cells, 16.0)
+    write_grid(tmp_path / "pairs.mp4", cells, 16.0, together=2)
+    assert read_frames(tmp_path / "near_square.mp4").shape == (2, 2 * 52, 3 * 32, 3)
+    pairs = read_frames(tmp_path / "pairs.mp4")
+    assert pairs.shape == (2, 2 * 52, 4 * 32, 3)
+    middles = [pairs[0, row * 52 + 36, column * 32 + 16].mean() for row in range(2) for column in range(4)]
+    assert middles == pytest.approx([0, 40, 80, 120, 160, 200, 0, 0], abs=6)

@@ -20,7 +20,7 @@ from manifests.errors import UsageError
 from tests import jobs
 from tests.services import free_port
 
-SECONDS = 150
+SECONDS = 280
 
 
 def layout(parallel: str, world: int, videos: int, *, guided: bool = True, tokens: int = 24) -> Layout:

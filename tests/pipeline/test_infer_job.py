@@ -24,9 +24,12 @@ def recipe(tmp_path: Path, tiny_checkpoint: Path, demo_dataset: Path) -> Path:
 
 
 def write_inputs(folder: Path, count: int, **common: Any) -> Path:
+    """Requests v0, v1, ..., and one that fails."""
+    (folder / "bad.png").write_bytes(b"no image")
     path = folder / "in.json"
     samples = {f"v{index}": {"prompt": f"circle {index}"} for index in range(count)}
-    path.write_text(json.dumps({**common, "samples": samples}))
+    bad = {"prompt": "p", "input_path": "bad.png"}
+    path.write_text(json.dumps({**common, "samples": {"bad": bad, **samples}}))
     return path
 
 
@@ -57,30 +60,26 @@ def test_a_folder_over_two_ranks_is_killed_and_finished_by_the_same_command(reci
 
     (videos / ".v11.mp4.1.part").write_bytes(b"torn")  # what a kill in the middle of writing leaves
     done = jobs.run(*command)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
     assert not any(path.name.endswith(".part") for path in videos.iterdir())
     result = json.loads(done.stdout)
     assert result["kept"] == len(before)
+    assert ["bad.png: cannot read this image" in line for line in result["failed"]] == [True]
     assert len(complete(videos)) == len(result["videos"]) == 12
     assert {name: (videos / f"{name}.mp4").stat().st_mtime_ns for name in before} == before
     records = json.loads((videos / "results.json").read_text())
     assert records["ranks"] == 2
-    assert [record["name"] for record in records["videos"]] == [f"v{index}" for index in range(12)]
+    assert [record["name"] for record in records["videos"]] == ["bad", *(f"v{index}" for index in range(12))]
     assert {r["name"] for r in records["videos"] if r["status"] == "kept"} == set(before)
     assert (videos / "contact_sheet.png").exists()
     assert (videos / "recipe.toml").exists()
 
 
 def test_some_that_fail_exit_3_and_all_exit_1(recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    entries = [{"name": "bad", "prompt": "p", "input_path": "bad.png"}, {"name": "good", "prompt": "a circle"}]
-    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    done = jobs.run("infer", recipe, tmp_path / "in.jsonl", "--no-guardrail", "--gpus", "2")
-    assert done.returncode == 3, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = done.stdout.splitlines()
-    assert any(line.startswith("failed") and "bad.png: cannot read this image" in line for line in lines)
-    assert lines[-1].endswith("good.mp4")
-    (tmp_path / "in.jsonl").write_text(json.dumps(entries[0]))
-    result, code = infer_stage(load_recipe(str(recipe)), str(tmp_path / "in.jsonl"), guardrail=False)
+    loaded = load_recipe(str(recipe))
+    result, code = infer_stage(loaded, str(write_inputs(tmp_path, 1)), guardrail=False)
+    assert (code, [path.name for path in result["videos"]]) == (3, ["v0.mp4"])
+    result, code = infer_stage(loaded, str(write_inputs(tmp_path, 0)), guardrail=False)
     assert (code, result["videos"]) == (1, [])
+    assert "bad.png: cannot read this image" in result["failed"][0]
