@@ -15,6 +15,7 @@ import typer
 
 from manifests.errors import LatentlineError, UsageError
 from pipeline.cache_cli import cache_app
+from pipeline.export_cli import export
 from pipeline.launch import is_first_to_say
 from pipeline.options import DryRunOption, JsonOption, RecipeArgument, SetOption
 from pipeline.recipe import builtin_recipes, load_recipe, resolved, to_toml
@@ -30,6 +31,7 @@ app = typer.Typer(
 recipe_app = typer.Typer(no_args_is_help=True, help="List and show recipes.")
 app.add_typer(cache_app, name="cache")
 app.add_typer(recipe_app, name="recipe")
+app.command()(export)
 
 
 @app.command()

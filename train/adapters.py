@@ -26,10 +26,10 @@ from train.config import LoraConfig
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 _PREFIX = "transformer."
-_METADATA = "lora_adapter_metadata"
+ADAPTER_METADATA = "lora_adapter_metadata"
 _ADAPTER = "default"
 # What describes the adapter; peft's other fields come and go with its versions, and loaders reject unknown ones.
-_CONFIG_NAMES = (
+CONFIG_NAMES = (
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -151,7 +151,7 @@ def save_adapter(folder: Path, transformer: torch.nn.Module) -> Path:
 
 def _metadata(transformer: torch.nn.Module) -> dict[str, Any]:
     config = transformer.peft_config[_ADAPTER].to_dict()
-    return {name: sorted(config[name]) if name == "target_modules" else config[name] for name in _CONFIG_NAMES}
+    return {name: sorted(config[name]) if name == "target_modules" else config[name] for name in CONFIG_NAMES}
 
 
 def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -161,7 +161,7 @@ def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise UsageError(f"adapter {str(path)!r}: no {WEIGHTS_NAME} there")
     try:
         with safe_open(file_path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            metadata = json.loads((file.metadata() or {}).get(ADAPTER_METADATA, "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"adapter {str(file_path)!r}: not a readable safetensors file: {error}") from error
