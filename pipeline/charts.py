@@ -66,7 +66,7 @@ def line_chart(title: str, unit: str, lines: Sequence[Line], *, log_y: bool = Fa
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>')
     for tick in ticks_x:
         if low_x <= tick <= high_x:
-            parts.append(f'<text x="{at_x(tick):.1f}" y="{base + 18}" text-anchor="middle">{number(tick)}</text>')
+            parts.append(f'<text x="{at_x(tick):.1f}" y="{base + 20}" text-anchor="middle">{number(tick)}</text>')
     parts.append(f'<text x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
     for line in shown:
         parts.append(_drawn(line, at_x, at_y, unit))

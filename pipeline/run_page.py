@@ -21,7 +21,7 @@ h1 { font-size:24px; margin:0; overflow-wrap:anywhere; } h2 { font-size:17px; ma
 .state { margin:6px 0 22px; color:var(--muted); } .state b { color:var(--ink); }
 .state.finished b { color:var(--good); } .state.stopped b { color:var(--warn); }
 .card { background:var(--card); border:1px solid var(--rule); border-radius:10px; padding:14px 16px; margin:0; }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(135px,1fr)); gap:12px; }
 .tiles dt { color:var(--muted); font-size:13px; }
 .tiles dd { margin:0; font-size:19px; font-weight:600; white-space:nowrap; }
 .charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr)); gap:14px; }
@@ -32,7 +32,9 @@ svg text { fill:var(--muted); font-size:13px; font-variant-numeric:tabular-nums;
 .point:hover .dot { r:5px; stroke:var(--card); stroke-width:2; }
 .legend { color:var(--muted); font-size:13px; display:flex; flex-wrap:wrap; gap:4px 16px; margin-top:6px; }
 .key { display:inline-flex; align-items:center; gap:6px; } .key i { width:14px; height:3px; border-radius:2px; }
-.samples { display:grid; gap:14px; grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr)); }
+.samples { display:grid; gap:14px; align-items:start;
+  grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr)); }
+.samples figcaption { margin:8px 0 0; font-weight:400; color:var(--muted); }
 .samples img { width:100%; height:auto; display:block; border-radius:6px; }
 table { border-collapse:collapse; width:100%; } td { padding:5px 0; vertical-align:top; overflow-wrap:anywhere; }
 td:first-child { color:var(--muted); padding-right:18px; white-space:nowrap; width:1%; }
