@@ -203,8 +203,10 @@ def _write_model(
         transformer = fill(family.stock(family.empty_transformer(base, projected=False)), weights, folder)
         transformer = transformer.to(dtype) if dtype is not None else transformer
     else:
-        stored = next(iter(read_transformer(source).tensors.values())).dtype
-        transformer = fuse(base, family, weights).to(dtype or stored)
+        stored = {name: tensor.dtype for name, tensor in read_transformer(source).tensors.items()}
+        transformer = fuse(base, family, weights)
+        for name, parameter in transformer.named_parameters():
+            parameter.data = parameter.data.to(dtype or stored[name])
     shutil.copytree(source.parent, folder, ignore=lambda at, _: ["transformer"] if Path(at) == source.parent else [])
     transformer.save_pretrained(folder / "transformer")
 

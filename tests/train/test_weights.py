@@ -1,5 +1,6 @@
 """Weights between formats: bits kept, stock loaders convinced, and nothing unmatched let through."""
 
+import io
 import json
 
 import pytest
@@ -144,6 +145,28 @@ def test_a_fused_model_is_the_base_with_the_adapter(adapter, convert, base, tiny
     assert json.loads((model / "transformer" / "config.json").read_text())["_class_name"] == "CosmosTransformer3DModel"
 
 
+def test_fusing_into_a_bfloat16_base_touches_only_what_is_adapted(convert, tmp_path, tiny_checkpoint, tensors, fresh):
+    transformer = adapted(fresh(), targets=("attn2.to_k",), alpha=7.0)
+    randomise(transformer)
+    folder = save_adapter(tmp_path / "some", transformer).parent
+    half = convert(tiny_checkpoint, "model", base=ModelConfig(path=str(tiny_checkpoint)), dtype=torch.bfloat16)
+    fused = convert(folder, "model", base=ModelConfig(path=str(half)))
+    name = "diffusion_pytorch_model.safetensors"
+    after = safetensors.torch.load_file(fused / "transformer" / name)
+    state = stored(folder)
+    for weight, tensor in tensors.items():
+        expected = tensor.bfloat16()
+        if weight.endswith("attn2.to_k.weight"):
+            stem = f"transformer.{weight.removesuffix('.weight')}"
+            update = 7 / 4 * state[f"{stem}.lora_B.weight"] @ state[f"{stem}.lora_A.weight"]
+            expected = (expected.float() + update).bfloat16()
+            assert not torch.equal(after[weight], tensor.bfloat16())
+        assert after[weight].dtype == torch.bfloat16
+        assert torch.allclose(
+            after[weight].float(), expected.float(), rtol=1e-2 if "attn2.to_k" in weight else 0, atol=0
+        )
+
+
 def test_a_full_model_comes_back_bit_for_bit(convert, base, tensors, tiny_checkpoint):
     there = convert(tiny_checkpoint, "nvidia")
     assert "net.blocks.0.adaln_modulation_mlp.2.weight" in stored(there)
@@ -159,6 +182,7 @@ def test_the_moving_average_is_taken_when_asked(convert, tmp_path, tiny_checkpoi
     raw = stored(convert(tiny_checkpoint, "nvidia"))
     ema = {name.replace("net.", "net_ema."): tensor + 1 for name, tensor in raw.items()}
     extras = {"net.accum_iteration": torch.tensor(3), "net_ema.pos_embedder.seq": torch.arange(4)}
+    extras["net.blocks.0.self_attn.q_norm._extra_state"] = io.BytesIO(b"state")
     torch.save(raw | ema | extras, tmp_path / "model.pt")
     taken = stored(convert(tmp_path / "model.pt", "nvidia", ema=True, dtype=dtype))
     expected = {name: (tensor + 1).to(dtype or tensor.dtype) for name, tensor in raw.items()}

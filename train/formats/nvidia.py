@@ -9,6 +9,7 @@ Files are opened with `weights_only=True`: no code in them runs. They hold no al
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,9 @@ def read_nvidia(
     that is not the model's, and for an adapter without `alpha`.
     """
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Transformer Engine keeps `_extra_state` as bytes in a BytesIO, which is data like a tensor.
+        with torch.serialization.safe_globals([io.BytesIO]):
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _LOAD_ERRORS as error:
         raise UsageError(
             f"{where or path}: cannot be opened as tensors alone (weights_only=True): {str(error).splitlines()[0]}"
