@@ -25,7 +25,7 @@ CONFIG_NAME = "config.json"
 PICTURES = "samples"
 MAX_PICTURES = 4
 
-_METHOD_NAMES = {"lora": "LoRA", "dora": "DoRA"}
+_METHOD_NAMES = {"lora": "A LoRA adapter", "dora": "A DoRA adapter"}
 _LICENSE = "NVIDIA Open Model License"
 _LICENSE_LINK = "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license"
 
@@ -37,8 +37,9 @@ def write_model_folder(recipe: Recipe, run: Path, *, repo_id: str | None = None)
     Raises `LatentlineError` if the folder cannot be written to.
     """
     folder = run / "adapter"
-    if not (folder / WEIGHTS_NAME).is_file():
-        raise LatentlineError(f"{folder}: has no {WEIGHTS_NAME}; train first")
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not weights:
+        raise LatentlineError(f"{folder}: holds no weights; train first")
     records = read_metrics(run)
     dataset = read_dataset_facts(run)
     try:
@@ -49,7 +50,8 @@ def write_model_folder(recipe: Recipe, run: Path, *, repo_id: str | None = None)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         pictures = _copy_pictures(run, folder)
         used_as = repo_id or str(folder.resolve())
-        card = _card(recipe, records, dataset, pictures, title=(repo_id or run.resolve().name), used_as=used_as)
+        title = repo_id or run.resolve().name
+        card = _card(recipe, records, dataset, pictures, weights, title=title, used_as=used_as)
         card.save(folder / "README.md")
     except OSError as error:
         raise LatentlineError(f"{folder}: cannot be written to: {error.strerror or error}") from error
@@ -88,6 +90,7 @@ def _card(
     records: list[dict[str, Any]],
     dataset: Mapping[str, Any] | None,
     pictures: list[str],
+    weights: list[str],
     *,
     title: str,
     used_as: str,
@@ -99,7 +102,7 @@ def _card(
     data = ModelCardData(
         base_model=None if is_local else model.path,
         base_model_relation=None if is_local else "adapter",
-        library_name="diffusers",
+        library_name="diffusers" if WEIGHTS_NAME in weights else "latentline",
         license="other",
         license_name="nvidia-open-model-license",
         license_link=_LICENSE_LINK,
@@ -108,11 +111,10 @@ def _card(
     )
     sections = [
         f"# {title}",
-        f"A {_METHOD_NAMES.get(method, method)} adapter for {base}"
+        f"{_METHOD_NAMES.get(method, f'Weights of the method `{method}`')} for {base}"
         f"{f' (revision `{model.revision}`)' if model.revision else ''}, trained with latentline.",
         "## Use",
-        "```python\n" + "\n".join(usage_lines(model.path, model.revision, used_as)) + "\n```",
-        "Alpha and rank are in the file. The pipeline's safety checker needs `pip install cosmos_guardrail`.",
+        *_usage(model.path, model.revision, used_as, weights),
         *(["## Samples", *(f"![{Path(picture).stem}]({picture})" for picture in pictures)] if pictures else []),
         "## Data",
         _table(_data_rows(dataset)) if dataset else "The run's folder does not say what it was trained on.",
@@ -126,6 +128,22 @@ def _card(
         "the data allow is not recorded here.",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _usage(base: str, revision: str | None, used_as: str, weights: list[str]) -> list[str]:
+    """How to load the folder. Only LoRA and DoRA files are what stock diffusers reads."""
+    parts = []
+    if WEIGHTS_NAME in weights:
+        parts.append("```python\n" + "\n".join(usage_lines(base, revision, used_as)) + "\n```")
+        parts.append(
+            "Alpha and rank are in the file. The pipeline's safety checker needs `pip install cosmos_guardrail`."
+        )
+    if others := [name for name in weights if name != WEIGHTS_NAME]:
+        parts.append(
+            f"{', '.join(f'`{name}`' for name in others)}: read by latentline, not by stock diffusers: "
+            '`latentline infer recipe.toml "a prompt" --adapter FOLDER`.'
+        )
+    return parts
 
 
 def usage_lines(base: str, revision: str | None, adapter: str) -> list[str]:

@@ -27,7 +27,7 @@ from train.metrics import METRICS_NAME, read_metrics
 RECIPE_NAME = "recipe.toml"
 PAGE_NAME = "report.html"
 
-_SIGMA = "validation/loss_sigma_"
+_SIGMA = re.compile(r"validation/loss_(sigma_|q)(\d+(?:\.\d+)?)")
 _SIGMA_COLOURS = ("--s1", "--s2", "--s3", "--s4", "--s5")
 _SAMPLE_STEPS, _SAMPLES_A_STEP = 4, 6
 _PICTURE_WIDTH, _STRIP_FRAMES = 720, 4
@@ -160,12 +160,12 @@ def _charts(records: Records) -> list[str]:
         lines.append(Line(name, smoothed(loss, span), "--a"))
         lines.append(Line("validation", held_out, "--b", dots=True))
         charts.append(line_chart("Loss", "", lines, log_y=True))
-    sigmas = sorted({name for record in records for name in record if name.startswith(_SIGMA)}, key=_sigma)
+    sigmas = sorted({name for record in records for name in record if _SIGMA.fullmatch(name)}, key=_sigma)
     if sigmas:
         lines = []
         for index, name in enumerate(sigmas):
             place = round(index * (len(_SIGMA_COLOURS) - 1) / max(1, len(sigmas) - 1))
-            lines.append(Line(f"sigma {name.removeprefix(_SIGMA)}", _points(records, name), _SIGMA_COLOURS[place]))
+            lines.append(Line(_sigma_label(name), _points(records, name), _SIGMA_COLOURS[place]))
         charts.append(line_chart("Validation loss by sigma", "", lines, log_y=True))
     for title, unit, name, scale in (
         ("Learning rate", "", "lr", 1.0),
@@ -181,9 +181,15 @@ def _charts(records: Records) -> list[str]:
     return charts
 
 
-def _sigma(name: str) -> tuple[float, str]:
-    text = name.removeprefix(_SIGMA)
-    return (float(text), text) if re.fullmatch(r"\d+(\.\d+)?", text) else (math.inf, text)
+def _sigma(name: str) -> float:
+    match = _SIGMA.fullmatch(name)
+    assert match
+    return float(match[2])
+
+
+def _sigma_label(name: str) -> str:
+    """`sigma 0.25`, or `quantile 0.25` where the name gives the quantile of sigma."""
+    return f"{'quantile' if '/loss_q' in name else 'sigma'} {_sigma(name):g}"
 
 
 def _samples(folder: Path) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ from train.config import LoraConfig
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 _PREFIX = "transformer."
-ADAPTER_METADATA = "lora_adapter_metadata"
+_METADATA = "lora_adapter_metadata"
 _ADAPTER = "default"
 # What describes the adapter; peft's other fields come and go with its versions, and loaders reject unknown ones.
 CONFIG_NAMES = (
@@ -161,7 +161,7 @@ def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise UsageError(f"adapter {str(path)!r}: no {WEIGHTS_NAME} there")
     try:
         with safe_open(file_path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(ADAPTER_METADATA, "{}"))
+            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise UsageError(f"adapter {str(file_path)!r}: not a readable safetensors file: {error}") from error

@@ -8,6 +8,7 @@
 | comfyui | `.safetensors` (untested with Cosmos-Predict2.5) | - |
 | model | fused into the base: a whole model's folder | put into the base's folder |
 | dcp | read only | read only |
+| trained | - | `trained_weights.safetensors` of a run, read only; the base gives the rest |
 
 Tensors keep their bits unless another dtype is asked for. Every name must have its partner, every shape must fit.
 """
@@ -43,8 +44,9 @@ from train.formats.names import unmatched
 from train.formats.nvidia import read_nvidia, write_nvidia
 
 Format = Literal["diffusers", "peft", "nvidia", "comfyui", "model"]
-Source = Literal["diffusers", "peft", "nvidia", "comfyui", "dcp"]
+Source = Literal["diffusers", "peft", "nvidia", "comfyui", "dcp", "trained"]
 
+TRAINED_NAME = "trained_weights.safetensors"
 _SUFFIXES: dict[str, str] = {"nvidia": ".pt", "comfyui": ".safetensors"}
 
 
@@ -80,6 +82,8 @@ def load_weights(
     elif source == "peft":
         state = read_safetensors(path / peft_folder.WEIGHTS_NAME)
         weights = peft_folder.read_peft(path, state, CONFIG_NAMES)
+    elif source == "trained":
+        weights = FullModel(read_safetensors(path / TRAINED_NAME if path.is_dir() else path), is_part=True)
     elif (folder := _transformer_folder(path)) is not None:
         weights = read_transformer(folder)
     else:
@@ -98,6 +102,12 @@ def find_source(path: Path) -> Source:
             return "dcp"
         if (path / peft_folder.CONFIG_NAME).is_file():
             return "peft"
+        if (path / TRAINED_NAME).is_file():
+            if (path / WEIGHTS_NAME).is_file():
+                raise UsageError(
+                    f"{path}: holds {TRAINED_NAME} beside a LoRA, which no other format can; give one file"
+                )
+            return "trained"
         if (path / WEIGHTS_NAME).is_file() or _transformer_folder(path) is not None:
             return "diffusers"
         hint = f"; did you mean {path / 'adapter'}?" if (path / "adapter" / WEIGHTS_NAME).is_file() else ""
@@ -109,6 +119,8 @@ def find_source(path: Path) -> Source:
         raise UsageError(f"{path}: no such file or folder")
     if path.suffix in (".pt", ".pth"):
         return "nvidia"
+    if path.name == TRAINED_NAME:
+        return "trained"
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: weights are read from .safetensors and .pt files and from folders")
     first = next(iter(read_safetensors(path, only_first=True)), "")
@@ -135,13 +147,16 @@ def save_weights(
     fold: scale B so that alpha = rank. Raises `UsageError` for what a format cannot hold and if `output` exists.
     """
     check_output(form, output)
-    weights, notes = loaded.weights, list(loaded.weights.notes)
+    weights = loaded.weights
     if base is not None:
         weights = _checked(weights, base)
+    elif isinstance(weights, FullModel) and weights.is_part:
+        raise UsageError(f"{TRAINED_NAME} holds what was trained alone: pass --base MODEL, which gives the rest")
     elif form == "model" or (form == "diffusers" and isinstance(weights, FullModel)):
         raise UsageError(f"--to {form} needs --base MODEL, the diffusers model these weights belong to")
     if isinstance(weights, FullModel) and (form in ("peft", "comfyui") or fold):
         raise UsageError(f"{'--fold-alpha' if fold else f'--to {form}'} is for adapters; this is a full model")
+    notes = list(weights.notes)
     if fold and isinstance(weights, Adapter):
         weights = fold_alpha(weights)
     if dtype is not None and form != "model":
@@ -226,6 +241,12 @@ def _checked(weights: Adapter | FullModel, base: ModelConfig) -> Adapter | FullM
     """Check names and shapes against the base, without loading its weights."""
     empty = find_family("train", base).empty_transformer(base, projected=False)
     if isinstance(weights, FullModel):
+        if weights.is_part:
+            if unknown := weights.tensors.keys() - empty.state_dict().keys():
+                raise unmatched("the source", unknown, "is not a weight of the base model")
+            whole = read_transformer(component_folder(base, "transformer")).tensors
+            whole = {name: tensor.float() for name, tensor in whole.items()} | weights.tensors
+            weights = FullModel(whole, notes=(f"{len(weights.tensors)} of {len(whole)} weights are the run's",))
         check_full(empty, weights, "the source")
         return weights
     linears = {name: module for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)}

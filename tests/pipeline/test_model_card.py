@@ -104,6 +104,18 @@ def test_a_hub_model_is_the_base_of_the_card_and_pictures_are_shown(trained: tup
     assert "load_lora_weights('someone/arm')" in python_block(card.content)
 
 
+def test_weights_that_diffusers_cannot_read_are_not_said_to_be_an_adapter(
+    trained: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "trained_weights.safetensors").write_bytes(b"")
+    folder = write_model_folder(trained[0], tmp_path)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "latentline"
+    assert "load_lora_weights" not in card.content
+    assert "`trained_weights.safetensors`: read by latentline" in card.content
+
+
 def test_push_uploads_the_whole_folder(encoded: Place, tmp_path: Path) -> None:
     """Real calls of huggingface_hub, to an endpoint of this machine."""
     with fake_hub() as hub:

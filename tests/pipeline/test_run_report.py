@@ -138,6 +138,15 @@ def test_a_record_cut_short_or_not_finite_is_left_out(run: Path) -> None:
     assert "nan" not in text_of(run).lower().replace("nano", "")
 
 
+def test_losses_by_quantile_of_sigma_are_told_as_such(tmp_path: Path) -> None:
+    record = {"step": 1, "validation/loss": 0.3, "validation/loss_q0.9": 0.5, "validation/loss_q0.1": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    write_report(tmp_path)
+    assert re.findall(r"<title>(quantile [^<]*)", text_of(tmp_path)) == [
+        "quantile 0.1, step 1: 0.1", "quantile 0.9, step 1: 0.5",
+    ]  # fmt: skip
+
+
 def test_one_record_is_a_point(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     write_report(tmp_path)

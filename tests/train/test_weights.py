@@ -235,6 +235,28 @@ def test_modules_may_differ_in_alpha_and_rank(fresh, convert, tmp_path):
     assert torch.equal(losses(loaded), losses(transformer))
 
 
+def test_weights_of_a_fine_tuned_base_are_completed_by_it(convert, tmp_path, base, tensors, tiny_checkpoint):
+    half = convert(tiny_checkpoint, "model", base=base, dtype=torch.bfloat16)
+    run = tmp_path / "run"
+    run.mkdir()
+    name = "transformer_blocks.0.ff.net.2.weight"
+    safetensors.torch.save_file({name: tensors[name] + 1}, run / "trained_weights.safetensors")
+    with pytest.raises(UsageError, match="pass --base"):
+        convert(run, "nvidia")
+    there = convert(run, "nvidia", base=ModelConfig(path=str(half)))
+    expected = {weight: tensor.bfloat16().float() for weight, tensor in tensors.items()} | {name: tensors[name] + 1}
+    back = convert(there, "diffusers", base=base)
+    assert same(safetensors.torch.load_file(back / "diffusion_pytorch_model.safetensors"), expected)
+    safetensors.torch.save_file(
+        {"transformer_blocks.0.temporal_adapter.up.weight": torch.ones(1)}, run / "trained_weights.safetensors"
+    )
+    with pytest.raises(UsageError, match="matches nothing in the model"):
+        convert(run, "nvidia", base=base)
+    safetensors.torch.save_file({}, run / WEIGHTS_NAME)
+    with pytest.raises(UsageError, match="beside a LoRA"):
+        load_weights(run)
+
+
 class Hostile:
     def __reduce__(self):
         return print, ("this must not run",)

@@ -19,9 +19,13 @@ PARTS = (LORA_A, LORA_B, MAGNITUDE)
 
 @dataclass(frozen=True)
 class FullModel:
-    """All weights of the transformer, by diffusers' names. notes: what a user should know of the file."""
+    """Weights of the transformer, by diffusers' names: all of them, or those a run trained, which the base completes.
+
+    notes: what a user should know of the file.
+    """
 
     tensors: dict[str, Tensor]
+    is_part: bool = False
     notes: tuple[str, ...] = ()
 
 

@@ -77,7 +77,7 @@ def _from_state(where: Path, stored: Any, names: NameMap, *, alpha: float | None
     notes = [f"{len(ignored)} counters and tables that are no weights were left out"] if ignored else []
     if not adapter:
         check_finite(where, weights)
-        return FullModel(weights, tuple(notes))
+        return FullModel(weights, notes=tuple(notes))
     if alpha is None:
         raise UsageError(f"{where}: a .pt holds no alpha; pass --alpha with the lora_alpha it was trained with")
     if weights:
