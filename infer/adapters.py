@@ -25,6 +25,8 @@ WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."
 MAGNITUDE = "lora_magnitude_vector"
 
+_CONVERT = "`latentline export SOURCE --to diffusers --output FOLDER` converts other formats"
+
 
 def load_adapters(pipe: Any, adapters: Mapping[str, AdapterConfig], *, fuse: bool = False) -> None:
     """Load and activate `adapters` (LoRA or DoRA, diffusers' format) together, each at its weight.
@@ -73,9 +75,11 @@ def find_adapter(path: Path) -> Path:
     """The weights file: `path` itself, or `pytorch_lora_weights.safetensors` in it."""
     file = path / WEIGHT_NAME if path.is_dir() else path
     if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise UsageError(f"{path}: this is a peft folder; {_CONVERT}")
         raise UsageError(f"{file}: no such adapter; give a folder with {WEIGHT_NAME}, or the file")
     if file.suffix != ".safetensors":
-        raise UsageError(f"{file}: adapters are read from .safetensors files only")
+        raise UsageError(f"{file}: adapters are read from .safetensors files only; {_CONVERT}")
     return file
 
 
@@ -97,7 +101,7 @@ def _check_against_model(path: Path, state: dict[str, Tensor], linears: Mapping[
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in state.items():
         if not key.startswith(PREFIX):
-            raise UsageError(f"{path}: key {key!r} is not in diffusers' format, which starts with {PREFIX!r}")
+            raise UsageError(f"{path}: key {key!r} is not in diffusers' format; {_CONVERT}")
         module_name, part = _split(key)
         if part is None or module_name not in linears:
             raise UsageError(f"{path}: key {key!r} matches nothing in this model")

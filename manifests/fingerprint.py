@@ -31,6 +31,11 @@ def component_folder(model: ModelConfig, name: str) -> Path:
         if not folder.is_dir():
             raise UsageError(f"model.path {model.path!r} has no {name!r} folder; is it a diffusers checkpoint?")
         return folder
+    if local.is_file():
+        raise UsageError(
+            f"model.path {model.path!r} is a file; `latentline export {model.path} --to model --base MODEL --output "
+            "FOLDER` makes a model's folder of a checkpoint"
+        )
     if local.is_absolute() or model.path.startswith((".", "~")):
         raise UsageError(f"model.path {model.path!r}: no such folder")
     try:

@@ -15,6 +15,7 @@ import typer
 
 from manifests.errors import LatentlineError, UsageError
 from pipeline.cache_cli import cache_app
+from pipeline.export_cli import export
 from pipeline.launch import is_first_to_say
 from pipeline.options import DryRunOption, JsonOption, RecipeArgument, SetOption
 from pipeline.recipe import builtin_recipes, load_recipe, resolved, to_toml
@@ -30,6 +31,7 @@ app = typer.Typer(
 recipe_app = typer.Typer(no_args_is_help=True, help="List and show recipes.")
 app.add_typer(cache_app, name="cache")
 app.add_typer(recipe_app, name="recipe")
+app.command()(export)
 
 
 @app.command()
@@ -87,6 +89,10 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Write a trace of steps 4 to 6 to OUTPUT/profile.")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO_ID", help="Upload the adapter's folder to the Hugging Face Hub; needs HF_TOKEN."),
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -102,10 +108,11 @@ def train(
             settings = [part for override in overrides or () for part in ("--set", override)]
             arguments = ["train", recipe, *settings, *(["--json"] if as_json else [])]
             arguments += ["--profile"] if profile else []
+            arguments += ["--push", push] if push else []
             raise typer.Exit(launch(arguments, ranks=ranks, node=parse_node(node) if node else None))
     from pipeline.stages import train_stage
 
-    result = train_stage(loaded, dry_run=dry_run, profile=profile)
+    result = train_stage(loaded, dry_run=dry_run, profile=profile, push_to=push)
     if int(os.environ.get("RANK", "0")) == 0:
         emit(result, as_json=as_json)
 
@@ -163,6 +170,18 @@ def demo(
     from pipeline.demo.run import run_demo
 
     emit(run_demo(output, executor=executor), as_json=as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: train.output of its recipe.")],
+    output: Annotated[Path | None, typer.Option(help="The page to write; by default RUN/report.html.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one HTML page about a training run, finished or not: losses, speed, memory, samples, data, recipe."""
+    from pipeline.run_report import write_report
+
+    emit(write_report(run, output), as_json=as_json)
 
 
 @recipe_app.command("list")

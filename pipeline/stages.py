@@ -116,14 +116,23 @@ def array_stage(recipe: Recipe, *, tasks: int | None, retry_quarantined: bool = 
     }
 
 
-def train_stage(recipe: Recipe, *, dry_run: bool = False, profile: bool = False) -> dict[str, Any]:
+def train_stage(
+    recipe: Recipe, *, dry_run: bool = False, profile: bool = False, push_to: str | None = None
+) -> dict[str, Any]:
     """Train on the recipe's snapshot, or with `dry_run` describe what would be trained. Nothing is written before
-    model and snapshot are known to fit."""
+    model and snapshot are known to fit. The adapter's folder becomes a whole Hugging Face model, uploaded if
+    `push_to` names a repository."""
+    from pipeline.model_card import write_model_folder
+    from pipeline.push import check_push, push
+    from pipeline.run_facts import write_dataset_facts
     from train.metrics import check_trackers
     from train.model import describe
     from train.trainer import train
 
     quiet_libraries()
+    if push_to is not None:
+        check_push(push_to)
+    is_main = int(os.environ.get("RANK", "0")) == 0
     store = Cache(recipe.encode.cache).store
     snapshot = load_snapshot(store, recipe.train.snapshot or recipe.encode.snapshot)
     if dry_run:
@@ -133,12 +142,18 @@ def train_stage(recipe: Recipe, *, dry_run: bool = False, profile: bool = False)
     family.check_snapshot(snapshot, recipe.model)
     family.check_objective(recipe.train.objective, snapshot.shapes)
     family.check_context_parallel(recipe.train.context_parallel, recipe.model, snapshot.shapes)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main:
         write_resolved(recipe, Path(recipe.train.output))
+        write_dataset_facts(snapshot, recipe.model, Path(recipe.train.output))
     if recipe.train.local_cache is not None:
         store = CachedStore(store.url, recipe.train.local_cache, int(recipe.train.local_cache_gb * 1e9))
     result = train(recipe.model, recipe.train, snapshot, store, profile=profile)
-    return {**asdict(result), "snapshot": snapshot.hash}
+    told = {**asdict(result), "snapshot": snapshot.hash}
+    if is_main:
+        folder = write_model_folder(recipe, Path(recipe.train.output), repo_id=push_to)
+        if push_to is not None:
+            told["pushed"] = push(folder, push_to)
+    return told
 
 
 def infer_stage(

@@ -7,10 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -153,6 +156,63 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
         _wait_for(lambda: _idle(cluster), process, folder / "slurmctld.log")
         yield cluster
         subprocess.run(["scancel", "--user=root", "--signal=KILL"], env=environment, check=False)
+
+
+@dataclass(frozen=True)
+class Browser:
+    """What a headless Chromium showed of a page. dom: after loading. console: its messages. requests: to any host."""
+
+    dom: str
+    console: list[str]
+    requests: list[str]
+
+
+def browse(page: Path, folder: Path) -> Browser:
+    """Load a local page. Whatever it asks of the network goes to a proxy of this machine, and nowhere else."""
+    asked: list[str] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_CONNECT = do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        proxy = f"--proxy-server=http://127.0.0.1:{server.server_address[1]}"
+        done = _chromium(folder, proxy, "--enable-logging=stderr", "--dump-dom", page.as_uri())
+        server.shutdown()
+        thread.join()
+    own = ("google.com", "gstatic.com", "googleapis.com", "gvt1.com")  # the browser's own services
+    requests = [url for url in asked if not any(host in url for host in own)]
+    return Browser(done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line], requests)
+
+
+def photograph(page: Path, picture: Path, *, width: int, height: int, dark: bool = False) -> None:
+    """Write a PNG of a local page in a light or dark colour scheme."""
+    scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    _chromium(picture.parent, scheme, f"--window-size={width},{height}", f"--screenshot={picture}", page.as_uri())
+    assert picture.is_file()
+
+
+def _chromium(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("chromium")
+    require(program is not None, "no chromium on this machine: apt-get install chromium")
+    with tempfile.TemporaryDirectory(dir=folder) as profile:
+        options = [
+            "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+            "--disable-background-networking", "--disable-component-update", "--no-first-run",
+            f"--user-data-dir={profile}",
+        ]  # fmt: skip
+        command = [str(program), *options, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
 
 
 def _idle(cluster: Slurm) -> bool:

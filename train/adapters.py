@@ -29,7 +29,7 @@ _PREFIX = "transformer."
 _METADATA = "lora_adapter_metadata"
 _ADAPTER = "default"
 # What describes the adapter; peft's other fields come and go with its versions, and loaders reject unknown ones.
-_CONFIG_NAMES = (
+CONFIG_NAMES = (
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -151,7 +151,7 @@ def save_adapter(folder: Path, transformer: torch.nn.Module) -> Path:
 
 def _metadata(transformer: torch.nn.Module) -> dict[str, Any]:
     config = transformer.peft_config[_ADAPTER].to_dict()
-    return {name: sorted(config[name]) if name == "target_modules" else config[name] for name in _CONFIG_NAMES}
+    return {name: sorted(config[name]) if name == "target_modules" else config[name] for name in CONFIG_NAMES}
 
 
 def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -21,10 +21,12 @@ from manifests.fingerprint import component_folder, weights_digest
 from manifests.snapshot import Snapshot
 from train.config import ObjectiveConfig
 from train.context_parallel import check_divides
+from train.cosmos25_names import ORIGINAL_NAMES
 from train.dit import accelerate, block_inputs, flops_per_sample
 
 __all__ = [
     "DEFAULT_TARGETS",
+    "ORIGINAL_NAMES",
     "Draw",
     "attention_shape",
     "base_digest",
@@ -43,6 +45,7 @@ __all__ = [
     "loss",
     "normalise",
     "num_tokens",
+    "stock",
 ]
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -86,6 +89,15 @@ def empty_transformer(model: ModelConfig, *, projected: bool = True) -> CosmosTr
     if projected:
         _drop_projection(transformer)
     return accelerate(transformer.requires_grad_(False))
+
+
+def stock(transformer: CosmosTransformer3DModel) -> CosmosTransformer3DModel:
+    """The same weights in diffusers' own class, which is the one to save: config.json names the class."""
+    with torch.device("meta"):
+        plain = CosmosTransformer3DModel.from_config(transformer.config)
+    if not next(transformer.parameters()).is_meta:
+        plain.load_state_dict(transformer.state_dict(), strict=True, assign=True)
+    return plain
 
 
 def blocks(transformer: CosmosTransformer3DModel) -> list[torch.nn.Module]:
