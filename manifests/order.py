@@ -5,12 +5,26 @@ every sample exactly once, whatever the number of ranks and wherever the run was
 keeps state: ranks read their own positions of one global stream. The permutation is a keyed Feistel network
 over the next power of four, walked until it lands inside [0, N) (format-preserving encryption's
 "cycle walking"), so 100,000,000 samples cost no memory.
+
+With weights the stream is woven (`manifests.mixture.Weave`) of one such stream for each stratum, the samples of one
+dataset that weigh the same: each has its own permutation and its own epochs, and the order is a pure function of
+(snapshot, seed, weights, position).
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from manifests.errors import UsageError
+from manifests.mixture import Mixture, Weave, exact
+from manifests.snapshot import Snapshot
 
 _ROUNDS = 6
 _MASK64 = (1 << 64) - 1
@@ -57,6 +71,101 @@ class Order:
         for key in keys:
             left, right = right, left ^ (_mix(right ^ key) & mask)
         return (left << bits) | right
+
+
+class WovenOrder:
+    """The order of a run with weights.
+
+    strata: label, share (positive) and sample indices of each; the label keys its permutation.
+    """
+
+    def __init__(
+        self, snapshot_hash: str, seed: int, strata: Sequence[tuple[str, Fraction, npt.NDArray[np.int64]]]
+    ) -> None:
+        self._weave = Weave(share for _, share, _ in strata)
+        self._orders = [Order(f"{snapshot_hash}/{label}", seed, len(samples)) for label, _, samples in strata]
+        self._samples = [samples for _, _, samples in strata]
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """Return (epoch of its stratum, sample index) of a position >= 0 of the stream."""
+        if position < 0:
+            raise IndexError(position)
+        stratum, place = self._weave[position]
+        epoch, index = self._orders[stratum][place]
+        return epoch, int(self._samples[stratum][index])
+
+
+def order_of(snapshot: Snapshot, seed: int, mixture: Mixture) -> Order | WovenOrder:
+    """The order a run with these weights has; without any, every sample comes once an epoch.
+
+    A dataset's share is its weight, or without weights the sum of its samples' own; within it a sample's share is its
+    own weight, 1 where it has none. Raises `UsageError` for weights that do not fit the snapshot.
+    """
+    _check_captions(snapshot, mixture)
+    weights = snapshot.column("weight")
+    if mixture.datasets is None and weights.null_count == len(weights):
+        return Order(snapshot.hash, seed, snapshot.num_samples)
+    strata = _strata(snapshot)
+    totals: Counter[str] = Counter()
+    for (dataset, weight), samples in strata.items():
+        totals[dataset] += exact(weight) * len(samples)  # type: ignore[assignment]
+    shares = _dataset_shares(snapshot, mixture, totals)
+    chosen = []
+    for (dataset, weight), samples in strata.items():
+        share = shares[dataset] and shares[dataset] * exact(weight) * len(samples) / totals[dataset]
+        if share:
+            chosen.append((f"{dataset}/{weight!r}", share, samples))
+    if not chosen:
+        raise UsageError(f"snapshot {snapshot.hash[:12]}: the weights of its samples sum to 0; nothing to train on")
+    return WovenOrder(snapshot.hash, seed, chosen)
+
+
+def _strata(snapshot: Snapshot) -> dict[tuple[str, float], npt.NDArray[np.int64]]:
+    """Sample indices by dataset and own weight, sorted."""
+    names = snapshot.column("dataset").combine_chunks()
+    weights = snapshot.column("weight").fill_null(1.0).to_numpy()
+    codes = (names if hasattr(names, "dictionary") else names.dictionary_encode()).indices.to_numpy()
+    datasets = (names if hasattr(names, "dictionary") else names.dictionary_encode()).dictionary.to_pylist()
+    pairs, which = np.unique(np.stack([codes.astype(np.float64), weights]), axis=1, return_inverse=True)
+    found = {
+        (datasets[int(code)], float(weight)): np.flatnonzero(which.ravel() == number)
+        for number, (code, weight) in enumerate(pairs.T)
+    }
+    return dict(sorted(found.items()))
+
+
+def _dataset_shares(snapshot: Snapshot, mixture: Mixture, totals: Counter[str]) -> dict[str, Fraction]:
+    if mixture.datasets is None:
+        return {dataset: Fraction(total) for dataset, total in totals.items()}
+    unknown = sorted(totals.keys() - mixture.datasets.keys())
+    if unknown:
+        raise UsageError(
+            f"snapshot {snapshot.hash[:12]} has samples of {', '.join(unknown)}, which data.datasets gives no weight"
+        )
+    for name, weight in mixture.datasets.items():
+        if weight and not totals[name]:
+            raise UsageError(
+                f"data.datasets.{name}.weight = {weight:g}, but snapshot {snapshot.hash[:12]} has no sample of it to "
+                "draw; set it to 0, or run `latentline encode` with this recipe"
+            )
+    return {name: exact(mixture.datasets[name]) for name in totals}
+
+
+def _check_captions(snapshot: Snapshot, mixture: Mixture) -> None:
+    """Refuse weights of captions that are not exactly those a dataset's samples have."""
+    if not mixture.captions:
+        return
+    pairs = snapshot.table.select(["dataset", "caption_name"]).group_by(["dataset", "caption_name"]).aggregate([])
+    found: dict[str, set[str]] = {}
+    for row in pairs.to_pylist():
+        found.setdefault(row["dataset"], set()).add(row["caption_name"] or "")
+    for dataset, weights in mixture.captions.items():
+        if dataset in found and found[dataset] - {""} != set(weights):
+            has = ", ".join(sorted(found[dataset] - {""})) or "one without a name"
+            raise UsageError(
+                f"data.datasets.{dataset}.captions names {', '.join(sorted(weights))}, snapshot {snapshot.hash[:12]} "
+                f"has {has}; run `latentline encode` with this recipe"
+            )
 
 
 def _mix(value: int) -> int:
