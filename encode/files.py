@@ -1,7 +1,7 @@
 """Where the bytes of a video lie: a file of its own, or a part of an uncompressed tar, read where it is.
 
-A location is written as text in plans, manifests and snapshots: a path, or `PATH.tar::MEMBER@OFFSET+SIZE`. FFmpeg
-opens the byte range itself (its `subfile` protocol), so a member is neither unpacked nor copied.
+A location is written as text in plans, manifests and snapshots: a path, or `PATH.tar::MEMBER@OFFSET+SIZE`, with colons
+in the member escaped. FFmpeg opens the byte range itself (its `subfile` protocol): nothing is unpacked or copied.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
+from urllib.parse import unquote
 
 from manifests import keys
 
-_LOCATION = re.compile(r"(?P<tar>.+)::(?P<name>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
+_LOCATION = re.compile(r"(?P<tar>.+)::(?P<name>[^:]+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class TarMember:
     size: int
 
     def __str__(self) -> str:
-        return f"{self.tar}::{self.name}@{self.offset}+{self.size}"
+        name = self.name.replace("%", "%25").replace(":", "%3A")
+        return f"{self.tar}::{name}@{self.offset}+{self.size}"
 
 
 VideoFile: TypeAlias = Path | TarMember
@@ -49,7 +51,7 @@ def parse_location(text: str | VideoFile) -> VideoFile:
     match = _LOCATION.fullmatch(text)
     if match is None:
         return Path(text)
-    return TarMember(Path(match["tar"]), match["name"], int(match["offset"]), int(match["size"]))
+    return TarMember(Path(match["tar"]), unquote(match["name"]), int(match["offset"]), int(match["size"]))
 
 
 def state_of(video: VideoFile) -> FileState:

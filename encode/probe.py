@@ -1,12 +1,14 @@
 """What a video file is, found by reading its packets rather than by trusting its header.
 
 Files are untrusted: only regular files in a known container format are opened, nothing they refer to is, and
-their sizes are bounded. A `.png`, `.jpg` or `.jpeg` is a video of one frame. Call it in a killable process (`encode.pool`) for files of unknown origin.
+their sizes are bounded. A `.png`, `.jpg` or `.jpeg` is a video of one frame. Call it in a killable process
+(`encode.pool`) for files of unknown origin.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
+from PIL import ExifTags, Image
 
 from encode.files import VideoFile, ffmpeg_url, file_of, head_of, name_of, state_of
 from manifests.errors import LatentlineError
@@ -50,6 +53,17 @@ class Orientation:
         if self.transpose:
             return 90 if self.flip_columns else 270
         return 180 if self.flip_rows and self.flip_columns else 0
+
+
+_EXIF = {
+    2: Orientation(flip_columns=True),
+    3: Orientation(flip_rows=True, flip_columns=True),
+    4: Orientation(flip_rows=True),
+    5: Orientation(transpose=True),
+    6: Orientation(transpose=True, flip_columns=True),
+    7: Orientation(transpose=True, flip_rows=True, flip_columns=True),
+    8: Orientation(transpose=True, flip_rows=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,7 +226,7 @@ def _count_by_decoding(path: VideoFile) -> int:
 def open_video(path: VideoFile, threads: int = 1) -> Iterator[tuple[Any, Any]]:
     """(PyAV container, its video stream) of a regular file; every FFmpeg failure inside is a DecodeError."""
     _refuse_odd_files(path)
-    picture = _PICTURES.get(Path(name_of(path)).suffix.lower())
+    picture = _picture_format(path)
     options = {"format_whitelist": picture or _FORMATS, **_OPTIONS}
     try:
         with av.open(ffmpeg_url(path), format=picture, options=options, metadata_errors="replace") as container:
@@ -253,7 +267,12 @@ def _refuse_odd_files(path: VideoFile) -> None:
 
 
 def orientation(path: VideoFile, frame: Any) -> Orientation:
-    """From the frame's display matrix; DecodeError when it turns by other than a multiple of 90 degrees."""
+    """From the frame's display matrix, or a picture's EXIF.
+
+    DecodeError when it turns by other than a multiple of 90 degrees.
+    """
+    if _picture_format(path):
+        return _exif_orientation(path)
     if "DISPLAYMATRIX" not in {data.type.name for data in frame.side_data}:
         return Orientation()
     matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), dtype=np.int32)
@@ -263,3 +282,18 @@ def orientation(path: VideoFile, frame: Any) -> Orientation:
     if abs(a) < 0.01 and abs(d) < 0.01:
         return Orientation(True, b < 0, c < 0)
     raise DecodeError(f"{path}: its metadata rotates it by {frame.rotation} degrees, not by a multiple of 90")
+
+
+def _picture_format(path: VideoFile) -> str | None:
+    """FFmpeg's name of the format, by the file's suffix; None for what is no picture."""
+    return _PICTURES.get(Path(name_of(path)).suffix.lower())
+
+
+def _exif_orientation(path: VideoFile) -> Orientation:
+    """PyAV cannot list the side data of a frame that has EXIF, so Pillow reads it."""
+    try:
+        with Image.open(io.BytesIO(head_of(path, state_of(path).size))) as picture:
+            number = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except OSError as error:
+        raise DecodeError(f"{path}: not a readable picture: {error}") from error
+    return _EXIF.get(number, Orientation())

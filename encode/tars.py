@@ -46,6 +46,11 @@ def members_of(where: str, tar: Path) -> Iterator[TarMember]:
             for info in opened:
                 if info.isreg() and not any(part.startswith(".") for part in _parts(info.name)):
                     yield TarMember(tar, info.name, info.offset_data, info.size)
+            # tarfile takes a damaged header after the first for the end; the end of a whole tar is zeros.
+            with open(tar, "rb") as file:
+                file.seek(opened.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"damaged or cut at byte {opened.offset}")
     except (tarfile.TarError, OSError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{where}: {tar} is not a readable, uncompressed tar: {reason}") from error

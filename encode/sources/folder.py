@@ -31,7 +31,7 @@ def read(name: str, dataset: DatasetConfig, left_out: Counter[str]) -> list[Sour
     folder = root / dataset.media
     if not folder.is_dir():
         images = dataset.media == "videos" and (root / "images").is_dir()
-        hint = f'put the {dataset.media} there, or correct {where}.path{", or set media to images" if images else ""}'
+        hint = f"put the {dataset.media} there, or correct {where}.path{', or set media to images' if images else ''}"
         raise UsageError(f"{where}: there is no folder {folder}: {hint}")
     videos = videos_by_stem(where, folder, files_below(folder), dataset)
     prompt = prompt_of(where, dataset)
