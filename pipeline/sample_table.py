@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 from rich.table import Table
+from rich.text import Text
 
 from encode.config import EncodeConfig
 from encode.files import name_of, parse_location
@@ -37,7 +38,8 @@ def sample_table(samples: pa.Table, config: EncodeConfig) -> Table:
         fps = "source" if first["fps"] is None else f"{first['fps']:g}"
         captions = "\n".join(_caption(row["caption_name"], row["caption"]) for row in rows)
         size = f"{config.width}x{config.height}"
-        table.add_row(first["dataset"], name_of(parse_location(first["source"])), window, fps, size, captions)
+        cells = first["dataset"], name_of(parse_location(first["source"])), window, fps, size, captions
+        table.add_row(*map(Text, cells))
     return table
 
 
