@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 
 from manifests.cache import Cache, is_first
 from manifests.errors import LatentlineError, UsageError
-from manifests.keys import FORMAT_VERSION, sample_id, table_digest
+from manifests.keys import FORMAT_VERSION, table_digest
+from manifests.sample_rows import first_names, is_new, pieces, sample_ids
 from manifests.schema import KINDS, OK, SNAPSHOT, SNAPSHOT_IDENTITY, snapshot_name_path, snapshot_path
 from manifests.shards import Location
 from manifests.store import Store
@@ -30,7 +31,6 @@ _REPEATED = (
     "dataset", "context_key", "source", "source_hash", "caption", "caption_name", "captions_key", "latents_shard",
     "context_shard", "context_checksum",
 )  # fmt: skip
-_PIECE = 65_536
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -138,10 +138,10 @@ def build_snapshot(
             f"cache {cache.url!r}: {missing} of {len(samples)} samples are not encoded yet (first: {source}); "
             "run `latentline encode` again"
         )
-    ids = _sample_ids(samples)
+    ids = sample_ids(samples)
     bad = ids.filter(pc.invert(pc.and_(pc.equal(statuses[0], OK), pc.equal(statuses[1], OK))))
     good = pc.invert(pc.is_in(ids, value_set=bad))  # a sample with a caption in quarantine is left out whole
-    windows = pc.equal(samples["caption_name"].fill_null(""), _first_names(samples))
+    windows = pc.equal(samples["caption_name"].fill_null(""), first_names(samples))
     num_windows, num_good = pc.sum(windows).as_py(), pc.sum(pc.and_(windows, good)).as_py() or 0
     if not num_good:
         raise LatentlineError(f"cache {cache.url!r}: every one of the {num_windows} samples is quarantined")
@@ -157,7 +157,7 @@ def build_snapshot(
         pa.table([ids, samples["caption_name"], samples["source"]], by), [(name, "ascending") for name in by]
     )
     order = order.filter(good.take(order))
-    order = order.filter(_is_new(ids.take(order), samples["caption_name"].take(order)))
+    order = order.filter(is_new(ids.take(order), samples["caption_name"].take(order)))
     columns = {"sample_id": ids.take(order)}
     columns |= {
         name: _compact(samples[name], name).take(order) for name in SNAPSHOT.names if name in samples.column_names
@@ -169,21 +169,6 @@ def build_snapshot(
     snapshot = Snapshot(snapshot_hash, table, footer)
     counts = SnapshotCounts(snapshot.num_samples, num_windows - num_good, num_good - snapshot.num_samples)
     return snapshot, counts
-
-
-def _first_names(samples: pa.Table) -> pa.ChunkedArray:
-    """The first caption's name among those of each row's window; "" where it has but one, which has no name."""
-    named = samples.filter(pc.is_valid(samples["captions_key"])).select(["captions_key", "caption_name"])
-    firsts = named.group_by("captions_key").aggregate([("caption_name", "min")])
-    rows = pc.index_in(samples["captions_key"], value_set=firsts["captions_key"])
-    names = firsts["caption_name_min"].combine_chunks().take(rows.combine_chunks())
-    return pc.if_else(pc.is_valid(samples["captions_key"]), names, pa.scalar("", pa.string()))
-
-
-def _is_new(ids: pa.ChunkedArray, names: pa.ChunkedArray) -> pa.Array:
-    """True where a row differs from the one before in id or caption name."""
-    new_name = is_first(names.fill_null("").combine_chunks())
-    return pc.or_(is_first(ids.combine_chunks()), new_name)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.Array:
@@ -226,7 +211,7 @@ def hash_rows(table: pa.Table) -> str:
     """Name a snapshot by what its rows identify: `SNAPSHOT_IDENTITY`, and the weights if any row has one."""
     weighted = table["weight"].null_count < len(table)
     names = [*SNAPSHOT_IDENTITY, "weight"] if weighted else SNAPSHOT_IDENTITY
-    columns = ((piece.to_pylist() for piece in _pieces(table[column])) for column in names)
+    columns = ((piece.to_pylist() for piece in pieces(table[column])) for column in names)
     return table_digest(FORMAT_VERSION, columns)
 
 
@@ -234,25 +219,6 @@ def check_name(name: str) -> None:
     """Raise `UsageError` unless `name` can name a snapshot."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"snapshot name {name!r}: use letters, digits, '.', '_' and '-'")
-
-
-def _pieces(column: pa.ChunkedArray) -> Iterator[pa.ChunkedArray]:
-    for begin in range(0, len(column), _PIECE):
-        yield column.slice(begin, _PIECE)
-
-
-def _sample_ids(rows: pa.Table) -> pa.ChunkedArray:
-    contexts = pc.coalesce(rows["captions_key"], rows["context_key"])
-    columns = [_pieces(column) for column in (rows["dataset"], rows["latents_key"], contexts)]
-    pieces = [
-        [sample_id(dataset=dataset, latents=a, context=b) for dataset, a, b in zip(*map(_values, piece), strict=True)]
-        for piece in zip(*columns, strict=True)
-    ]
-    return pa.chunked_array([pa.array(ids, pa.string()) for ids in pieces], pa.string())
-
-
-def _values(piece: pa.ChunkedArray) -> list[Any]:
-    return piece.to_pylist()
 
 
 def relocate(cache: Cache, snapshot_hash: str) -> bool:
