@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from manifests.errors import UsageError
+from pipeline.cache_commands import cache_explain
+from pipeline.preview import cache_preview
 from pipeline.recipe import Recipe, load_recipe, validate
 from pipeline.stages import encode_stage, train_stage
 from tests.encode.layouts import write_files, write_tar
@@ -116,3 +118,18 @@ def test_settings_that_make_no_sense_are_named(settings: dict[str, Any], message
         validate(values, "here")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_video_in_a_tar_is_explained_by_name_and_previewed(tmp_path: Path, tiny_checkpoint: Path, data: Path) -> None:
+    values = recipe_values(tmp_path, tiny_checkpoint, data)
+    tar = {"layout": "webdataset", "path": str(data / "accident"), "filters": {"min_frames": 9}}
+    values["data"] = {"datasets": {"accident": tar}}
+    recipe = load_recipe(str(write_recipe(tmp_path, values)))
+    encode_stage(recipe)
+    explained = cache_explain(recipe, "1.mp4", as_json=True)
+    assert explained["counts"] == {"cached": 3, "stale": 0, "missing": 0, "quarantined": 0}
+    with pytest.raises(UsageError, match=r"no video is left of those the recipe names; .*1 by min_frames"):
+        cache_explain(recipe, "a/2", as_json=True)
+    shown = cache_preview(recipe.encode.cache, recipe, snapshot="train", count=2, output=tmp_path / "preview")
+    assert [video["problem"] for video in shown["videos"]] == [None, None]
+    assert all("a.tar::" in video["source"] and Path(video["video"]).is_file() for video in shown["videos"])
