@@ -14,13 +14,14 @@ dataset that weigh the same: each has its own permutation and its own epochs, an
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
-from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from manifests.errors import UsageError
 from manifests.mixture import Mixture, Weave, exact
@@ -106,15 +107,18 @@ def order_of(snapshot: Snapshot, seed: int, mixture: Mixture) -> Order | WovenOr
     if mixture.datasets is None and weights.null_count == len(weights):
         return Order(snapshot.hash, seed, snapshot.num_samples)
     strata = _strata(snapshot)
-    totals: Counter[str] = Counter()
-    for (dataset, weight), samples in strata.items():
-        totals[dataset] += exact(weight) * len(samples)  # type: ignore[assignment]
-    shares = _dataset_shares(snapshot, mixture, totals)
-    chosen = []
-    for (dataset, weight), samples in strata.items():
-        share = shares[dataset] and shares[dataset] * exact(weight) * len(samples) / totals[dataset]
-        if share:
-            chosen.append((f"{dataset}/{weight!r}", share, samples))
+    own = [exact(weight) for _, weight in strata]
+    scale = math.lcm(*(weight.denominator for weight in own))
+    sizes = [int(weight * scale) * len(samples) for weight, samples in zip(own, strata.values(), strict=True)]
+    totals: dict[str, int] = {}
+    for (dataset, _), size in zip(strata, sizes, strict=True):
+        totals[dataset] = totals.get(dataset, 0) + size
+    factors = _dataset_factors(snapshot, mixture, totals)
+    chosen = [
+        (f"{dataset}/{weight!r}", Fraction(factors[dataset] * size), samples)
+        for ((dataset, weight), samples), size in zip(strata.items(), sizes, strict=True)
+        if factors[dataset] * size
+    ]
     if not chosen:
         raise UsageError(f"snapshot {snapshot.hash[:12]}: the weights of its samples sum to 0; nothing to train on")
     return WovenOrder(snapshot.hash, seed, chosen)
@@ -122,33 +126,34 @@ def order_of(snapshot: Snapshot, seed: int, mixture: Mixture) -> Order | WovenOr
 
 def _strata(snapshot: Snapshot) -> dict[tuple[str, float], npt.NDArray[np.int64]]:
     """Sample indices by dataset and own weight, sorted."""
-    names = snapshot.column("dataset").combine_chunks()
+    names = snapshot.column("dataset").cast(pa.string()).combine_chunks().dictionary_encode()
     weights = snapshot.column("weight").fill_null(1.0).to_numpy()
-    codes = (names if hasattr(names, "dictionary") else names.dictionary_encode()).indices.to_numpy()
-    datasets = (names if hasattr(names, "dictionary") else names.dictionary_encode()).dictionary.to_pylist()
-    pairs, which = np.unique(np.stack([codes.astype(np.float64), weights]), axis=1, return_inverse=True)
-    found = {
-        (datasets[int(code)], float(weight)): np.flatnonzero(which.ravel() == number)
-        for number, (code, weight) in enumerate(pairs.T)
-    }
+    codes, datasets = names.indices.to_numpy(), names.dictionary.to_pylist()
+    order = np.lexsort((weights, codes))
+    changes: npt.NDArray[np.int64] = np.flatnonzero((np.diff(codes[order]) != 0) | (np.diff(weights[order]) != 0)) + 1
+    groups = np.split(order, changes)  # lexsort is stable: each group ascends
+    found = {(datasets[codes[group[0]]], float(weights[group[0]])): group for group in groups}
     return dict(sorted(found.items()))
 
 
-def _dataset_shares(snapshot: Snapshot, mixture: Mixture, totals: Counter[str]) -> dict[str, Fraction]:
+def _dataset_factors(snapshot: Snapshot, mixture: Mixture, totals: dict[str, int]) -> dict[str, int]:
+    """What the sizes of each dataset's strata are multiplied by, so that they are shares of the whole."""
     if mixture.datasets is None:
-        return {dataset: Fraction(total) for dataset, total in totals.items()}
+        return dict.fromkeys(totals, 1)
     unknown = sorted(totals.keys() - mixture.datasets.keys())
     if unknown:
         raise UsageError(
             f"snapshot {snapshot.hash[:12]} has samples of {', '.join(unknown)}, which data.datasets gives no weight"
         )
     for name, weight in mixture.datasets.items():
-        if weight and not totals[name]:
+        if weight and not totals.get(name):
             raise UsageError(
                 f"data.datasets.{name}.weight = {weight:g}, but snapshot {snapshot.hash[:12]} has no sample of it to "
                 "draw; set it to 0, or run `latentline encode` with this recipe"
             )
-    return {name: exact(mixture.datasets[name]) for name in totals}
+    shares = {name: exact(mixture.datasets[name]) / total if total else Fraction(0) for name, total in totals.items()}
+    scale = math.lcm(*(share.denominator for share in shares.values()))
+    return {name: int(share * scale) for name, share in shares.items()}
 
 
 def _check_captions(snapshot: Snapshot, mixture: Mixture) -> None:
