@@ -9,29 +9,70 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from manifests.config import STRICT, Dtype
+from manifests.errors import UsageError
+from manifests.mixture import Mixture
+
+Layout = Literal["folder", "pairs", "gr1", "videoufo", "webdataset", "huggingface", "table"]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FiltersConfig:
+    """Which videos of a dataset are left out, before anything is encoded; counted, unlike those that are broken.
+
+    min_frames: frames of the source, or of the part of it that is used; an image has one.
+    min_seconds, max_seconds: duration of the same. min_height, min_width: pixels of the source, after rotation.
+    min_fps: mean frames a second of the source.
+    where: a condition on the values that come with a video: the columns of its table, or the fields of its JSON file
+        (`manifests/filters.py` has the grammar): `"aesthetic >= 5 and not source = 'web'"`.
+    """
+
+    min_frames: int | None = Field(default=None, ge=1)
+    min_seconds: _Positive | None = None
+    max_seconds: _Positive | None = None
+    min_height: int | None = Field(default=None, ge=1)
+    min_width: int | None = Field(default=None, ge=1)
+    min_fps: _Positive | None = None
+    where: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DatasetConfig:
     """One place videos and captions come from.
 
-    layout: name of the file in `encode/sources/` that reads it.
-    path: the folder, or the table file; relative to the working directory.
-    prompt: one caption for every video, instead of caption files.
+    layout: name of the file in `encode/sources/` that reads it, and says what it looks like.
+    path: the folder, or the table or tar file; relative to the working directory.
+    media: `images` reads pictures as videos of one frame, for `encode.num_frames = 1`.
+    weight: the share of the training samples that come from this dataset, relative to the others'; null in every
+        dataset draws all samples equally often. Not part of the cache.
+    prompt: one caption for every video, instead of those of the dataset.
     prompt_prefix: text put before every caption, verbatim.
-    video_column, caption_column: column names, for `layout = "table"`.
+    captions: names of the captions to use where a video has several (`long`, `medium`, `short`; the columns of a
+        table), with how often each is drawn relative to the others; null uses all there are, equally often. The
+        weights are not part of the cache, the names are.
+    caption_model: whose captions to use where a JSON file has those of several models.
+    video_column, caption_column, weight_column: column names, for tables; null means the layout's own. A weight
+        draws its row that much more or less often than others of the dataset, whose weight is 1 unless stated.
     start_column, end_column: optional columns of a table, seconds from the video's first frame; a row without
         them is the whole video.
+    allow_missing_videos: leave out captions whose video is not there, for parts of a large dataset, and count them.
     """
 
-    layout: Literal["folder", "table"]
+    layout: Layout
     path: str
+    media: Literal["videos", "images"] = "videos"
+    weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     prompt: str | None = None
     prompt_prefix: str = ""
-    video_column: str = "video"
-    caption_column: str = "caption"
+    captions: dict[str, _Positive] | None = Field(default=None, min_length=1)
+    caption_model: str | None = None
+    video_column: str | None = None
+    caption_column: str | None = None
+    weight_column: str = "weight"
     start_column: str = "start"
     end_column: str = "end"
+    allow_missing_videos: bool = False
+    filters: FiltersConfig = Field(default_factory=FiltersConfig)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -39,6 +80,22 @@ class DataConfig:
     """datasets: the places to read, by name; the name is recorded with every sample."""
 
     datasets: dict[str, DatasetConfig] = Field(default_factory=dict)
+
+    @property
+    def mixture(self) -> Mixture:
+        """How often training draws from each dataset and caption. Raises `UsageError` for weights that say nothing."""
+        weights = {name: dataset.weight for name, dataset in self.datasets.items()}
+        known = {name: weight for name, weight in weights.items() if weight is not None}
+        without = sorted(weights.keys() - known.keys())
+        if known and without:
+            raise UsageError(
+                f"data.datasets: {', '.join(sorted(known))} have a weight, {', '.join(without)} have none; "
+                "give one to every dataset, or to none"
+            )
+        if known and not sum(known.values()):
+            raise UsageError(f"data.datasets: the weights of {', '.join(known)} sum to 0; give one at least a share")
+        captions = {name: dict(dataset.captions) for name, dataset in self.datasets.items() if dataset.captions}
+        return Mixture(datasets=known or None, captions=captions)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
+from encode.files import VideoFile, parse_location
 from encode.probe import (
     DecodeError,
     FrameIndex,
@@ -43,12 +43,13 @@ _UNSPECIFIED = 2
 class DecodeJob:
     """One window of one video, at one size.
 
+    path: the video, or its location as text.
     first: target frame the window begins with, as `encode.windows.plan_windows` gives it.
     num_frames: target frames. fps: target frames a second, None for the source's own frames.
     height, width: pixels. start, end: the part of the video the target frames were counted in, seconds.
     """
 
-    path: str | Path
+    path: str | VideoFile
     first: int
     num_frames: int
     fps: float | None
@@ -70,7 +71,7 @@ def decode_window(job: DecodeJob, out: npt.NDArray[np.uint8] | None = None, thre
     Raises DecodeError when the file cannot be read, holds fewer frames than the window needs, or one of them is
     damaged; `out` is then partly written.
     """
-    path = Path(job.path)
+    path = parse_location(job.path)
     index = frame_index(path)
     available = target_frames(index.times, job.fps, job.start, job.end)
     wanted = available[job.first : job.first + job.num_frames]
@@ -110,7 +111,7 @@ def _seek_times(index: FrameIndex, first_pts: int) -> Iterator[int | None]:
 
 
 def _decode_from(
-    path: Path,
+    path: VideoFile,
     index: FrameIndex,
     seek_to: int | None,
     rows_of: dict[int, list[int]],

@@ -1,7 +1,7 @@
 """The process that decodes for `encode.pool`: `python -m encode.decode_worker SOCKET MEMORY_MIB THREADS`.
 
 SOCKET is an inherited file descriptor. Each message is a `DecodeJob`, followed by the descriptor of the memory its
-frames go to, or a path to probe; each answer is `None`, a `VideoInfo`, or a string that says what went wrong.
+frames go to, or a file to probe; each answer is `None`, a `VideoInfo`, or a string that says what went wrong.
 The process imports neither torch nor a recipe, outlives no parent, and is stopped by SIGKILL only.
 """
 
@@ -15,11 +15,11 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
-from pathlib import Path
 
 import numpy as np
 
 from encode.decode import DecodeJob, decode_window, probe
+from encode.files import VideoFile
 from encode.probe import DecodeError, VideoInfo
 
 _PR_SET_PDEATHSIG = 1
@@ -43,7 +43,9 @@ def main(socket: int, memory_mib: int, threads: int) -> None:
         connection.send(_answer(job, descriptor, memory_mib, threads))
 
 
-def _answer(job: DecodeJob | Path, descriptor: int | None, memory_mib: int, threads: int) -> VideoInfo | str | None:
+def _answer(
+    job: DecodeJob | VideoFile, descriptor: int | None, memory_mib: int, threads: int
+) -> VideoInfo | str | None:
     path = job.path if isinstance(job, DecodeJob) else job
     try:
         if not isinstance(job, DecodeJob):

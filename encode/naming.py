@@ -22,6 +22,7 @@ Clip: TypeAlias = tuple[str, float | None, float | None]
 
 SAMPLE_COLUMNS = (
     "dataset", "latents_key", "context_key", "source", "source_hash", "start", "num_frames", "fps", "caption",
+    "caption_name", "captions_key", "weight",
 )  # fmt: skip
 
 _PIECE = 65_536
@@ -29,7 +30,7 @@ _ITEM = pa.schema(
     [
         SNAPSHOT.field("dataset"),
         SNAPSHOT.field("context_key"),
-        SNAPSHOT.field("caption"),
+        *(SNAPSHOT.field(name) for name in ("caption", "caption_name", "captions_key", "weight")),
         *(WANTED.field(name) for name in ("source", "source_hash", "clip_start", "clip_end", "error")),
     ]
 )
@@ -38,7 +39,7 @@ _ITEM = pa.schema(
 class Names:
     """Collects wanted entries and samples of one job.
 
-    fingerprints: of the producers, by kind.
+    fingerprints: of the producers, by kind. num_windows: of all items, each counted once whatever its captions.
     """
 
     def __init__(self, config: EncodeConfig, fingerprints: dict[str, str]) -> None:
@@ -52,6 +53,7 @@ class Names:
         self._starts: list[int] = []
         self._windows: list[pa.Table] = []
         self._num_frames: dict[tuple[Any, ...], int] = {}
+        self.num_windows = 0
 
     def context(self, caption: str | None) -> str:
         """Want the context of a caption; return its key."""
@@ -72,7 +74,7 @@ class Names:
             except TooShort as short:
                 error = str(short)
         location, clip_start, clip_end = clip_of(item, facts)
-        self._keys += keys.latents_keys(
+        window_keys = keys.latents_keys(
             source_hash=facts.source_hash,
             clip=None if clip_start is None else (clip_start, clip_end),
             fingerprint=self._fingerprints["latents"],
@@ -82,18 +84,22 @@ class Names:
             height=config.height,
             width=config.width,
         )
-        self._starts += starts
-        self._counts.append(len(starts))
-        context = self.context(item.caption)
-        self._items.append(
-            (item.dataset, context, item.caption, location, facts.source_hash, clip_start, clip_end, error)
-        )
+        self.num_windows += len(starts)
+        contexts = {name: self.context(caption) for name, caption in item.captions.items()}
+        several = len(contexts) > 1 or "" not in contexts
+        captions_key = keys.captions_key(contexts) if several else None
+        for name, caption in item.captions.items():
+            self._keys += window_keys
+            self._starts += starts
+            self._counts.append(len(starts))
+            captions = contexts[name], caption, name if several else None, captions_key, item.weight
+            self._items.append((item.dataset, *captions, location, facts.source_hash, clip_start, clip_end, error))
         if len(self._keys) >= _PIECE or len(self._items) >= _PIECE:
             self._flush()
         return error
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
-        """(wanted entries, no key twice, schema `WANTED`; samples, one a window, columns `SAMPLE_COLUMNS`)."""
+        """(wanted entries, no key twice, schema `WANTED`; samples, a row a window and caption, `SAMPLE_COLUMNS`)."""
         self._flush()
         samples = pa.concat_tables([_sample_schema().empty_table(), *(self._samples(rows) for rows in self._windows)])
         wanted = [WANTED.empty_table(), *(self._wanted(rows) for rows in self._windows), self._wanted_contexts()]

@@ -29,13 +29,13 @@ from concurrent import futures
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from encode.decode import DecodeError, DecodeJob, VideoInfo
+from encode.files import VideoFile
 
 __all__ = ["DecodeError", "DecodeJob", "DecodePool", "DecoderLost"]
 
@@ -43,7 +43,7 @@ _START_SECONDS = 120.0
 _CHECK_SECONDS = 0.5
 # NumPy's OpenBLAS reserves address space for every core, which the limit would count; nothing here multiplies.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-_Task = tuple[DecodeJob | Path, "Future[Any]"]
+_Task = tuple[DecodeJob | VideoFile, "Future[Any]"]
 
 
 class DecoderLost(DecodeError):
@@ -95,7 +95,7 @@ class DecodePool:
         """Frames uint8 RGB [num_frames, height, width, 3], or a DecodeError, in a future. Unbounded: see `imap`."""
         return self._put(job)
 
-    def probe(self, path: Path) -> Future[VideoInfo]:
+    def probe(self, path: VideoFile) -> Future[VideoInfo]:
         """`encode.decode.probe` in a decoder process, under the same limits."""
         return self._put(path)
 
@@ -166,7 +166,7 @@ class DecodePool:
         for thread in self._threads:
             thread.join()
 
-    def _put(self, job: DecodeJob | Path) -> Future[Any]:
+    def _put(self, job: DecodeJob | VideoFile) -> Future[Any]:
         if self._closed:
             raise RuntimeError("the pool is closed")
         future: Future[Any] = Future()
@@ -213,7 +213,7 @@ class _Decoder:
             if self._process is not None:
                 self._process.kill()
 
-    def _do(self, job: DecodeJob | Path) -> Any:
+    def _do(self, job: DecodeJob | VideoFile) -> Any:
         path = job.path if isinstance(job, DecodeJob) else job
         if self._process is None or self._process.poll() is not None:
             self._kill()

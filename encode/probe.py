@@ -1,12 +1,14 @@
 """What a video file is, found by reading its packets rather than by trusting its header.
 
 Files are untrusted: only regular files in a known container format are opened, nothing they refer to is, and
-their sizes are bounded. Call it in a killable process (`encode.pool`) for files of unknown origin.
+their sizes are bounded. A `.png`, `.jpg` or `.jpeg` is a video of one frame. Call it in a killable process
+(`encode.pool`) for files of unknown origin.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -19,13 +21,16 @@ from typing import Any
 import av
 import numpy as np
 import numpy.typing as npt
+from PIL import ExifTags, Image
 
+from encode.files import VideoFile, ffmpeg_url, file_of, head_of, name_of, state_of
 from manifests.errors import LatentlineError
 
 MAX_PIXELS = 8192 * 8192
 MAX_FRAMES = 5_000_000
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,ivf"
-_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
+_OPTIONS = {"protocol_whitelist": "file,subfile", "max_pixels": str(MAX_PIXELS)}
+_PICTURES = {".png": "png_pipe", ".jpg": "jpeg_pipe", ".jpeg": "jpeg_pipe"}
 # Share of a mean frame that a frame of a steady rate may be off; 60 fps rounded to milliseconds stays within it.
 _STEADY = 0.1
 
@@ -48,6 +53,17 @@ class Orientation:
         if self.transpose:
             return 90 if self.flip_columns else 270
         return 180 if self.flip_rows and self.flip_columns else 0
+
+
+_EXIF = {
+    2: Orientation(flip_columns=True),
+    3: Orientation(flip_rows=True, flip_columns=True),
+    4: Orientation(flip_rows=True),
+    5: Orientation(transpose=True),
+    6: Orientation(transpose=True, flip_columns=True),
+    7: Orientation(transpose=True, flip_rows=True, flip_columns=True),
+    8: Orientation(transpose=True, flip_rows=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +112,7 @@ class FrameIndex:
         return (self.pts - self.pts[0]).astype(np.float64) * float(self.time_base)
 
 
-def probe(path: Path) -> VideoInfo:
+def probe(path: VideoFile) -> VideoInfo:
     """Counts the frames of a video and decodes the first one.
 
     Raises DecodeError when the file is missing, empty, truncated, no video file, a playlist, without a video
@@ -120,17 +136,17 @@ def probe(path: Path) -> VideoInfo:
     )
 
 
-def frame_index(path: Path) -> FrameIndex:
+def frame_index(path: VideoFile) -> FrameIndex:
     """The frames of a video; remembered for the last few files, for as long as they do not change."""
     try:
-        status = path.stat()
+        state = state_of(path)
     except OSError as error:
         raise DecodeError(f"{path}: cannot be read: {error.strerror}") from error
-    return _frame_index(path, status.st_size, status.st_mtime_ns)
+    return _frame_index(path, state.size, state.modified_ns)
 
 
 @functools.lru_cache(maxsize=8)
-def _frame_index(path: Path, size: int, mtime_ns: int) -> FrameIndex:
+def _frame_index(path: VideoFile, size: int, mtime_ns: int) -> FrameIndex:
     with open_video(path) as (container, stream):
         first, pts, keyframes, num_packets, usable = _scan(path, container, stream)
         if first is None:
@@ -152,7 +168,7 @@ def _frame_index(path: Path, size: int, mtime_ns: int) -> FrameIndex:
     )
 
 
-def _scan(path: Path, container: Any, stream: Any) -> tuple[Any, list[int], list[tuple[int, int]], int, bool]:
+def _scan(path: VideoFile, container: Any, stream: Any) -> tuple[Any, list[int], list[tuple[int, int]], int, bool]:
     """(first decoded frame, pts of presented frames, keyframes, packets seen, whether the pts can be used)."""
     first = None
     pts: list[int] = []
@@ -180,7 +196,7 @@ def _scan(path: Path, container: Any, stream: Any) -> tuple[Any, list[int], list
     return first, pts, keyframes, num_packets, usable and len(set(pts)) == len(pts)
 
 
-def _refuse_truncated(path: Path, container: Any, stream: Any, num_packets: int, last_pts: int) -> None:
+def _refuse_truncated(path: VideoFile, container: Any, stream: Any, num_packets: int, last_pts: int) -> None:
     if stream.frames > num_packets:
         raise DecodeError(f"{path}: truncated: {num_packets} of {stream.frames} frames are there")
     promised = _duration_tag(stream)
@@ -201,17 +217,19 @@ def _duration_tag(stream: Any) -> float | None:
     return hours * 3600 + minutes * 60 + seconds
 
 
-def _count_by_decoding(path: Path) -> int:
+def _count_by_decoding(path: VideoFile) -> int:
     with open_video(path) as (container, stream):
         return sum(1 for _ in container.decode(stream))
 
 
 @contextmanager
-def open_video(path: Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
+def open_video(path: VideoFile, threads: int = 1) -> Iterator[tuple[Any, Any]]:
     """(PyAV container, its video stream) of a regular file; every FFmpeg failure inside is a DecodeError."""
     _refuse_odd_files(path)
+    picture = _picture_format(path)
+    options = {"format_whitelist": picture or _FORMATS, **_OPTIONS}
     try:
-        with av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace") as container:
+        with av.open(ffmpeg_url(path), format=picture, options=options, metadata_errors="replace") as container:
             streams = [
                 stream
                 for stream in container.streams.video
@@ -235,23 +253,26 @@ def open_video(path: Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
         raise DecodeError(f"{path}: not a readable video: {error.strerror}") from error
 
 
-def _refuse_odd_files(path: Path) -> None:
+def _refuse_odd_files(path: VideoFile) -> None:
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.stat(file_of(path)).st_mode):
             raise DecodeError(f"{path}: not a regular file")
-        with open(path, "rb") as file:
-            head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        head = head_of(path, 64)
     except OSError as error:
-        raise DecodeError(f"{path}: cannot be read: {os.strerror(error.errno or 0)}") from error
-    if status.st_size == 0:
+        raise DecodeError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not head:
         raise DecodeError(f"{path}: empty (0 bytes)")
-    if head.startswith((b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD")):
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD")):
         raise DecodeError(f"{path}: a playlist, not a video file")
 
 
-def orientation(path: Path, frame: Any) -> Orientation:
-    """From the frame's display matrix; DecodeError when it turns by other than a multiple of 90 degrees."""
+def orientation(path: VideoFile, frame: Any) -> Orientation:
+    """From the frame's display matrix, or a picture's EXIF.
+
+    DecodeError when it turns by other than a multiple of 90 degrees.
+    """
+    if _picture_format(path):
+        return _exif_orientation(path)
     if "DISPLAYMATRIX" not in {data.type.name for data in frame.side_data}:
         return Orientation()
     matrix = np.frombuffer(bytes(frame.side_data["DISPLAYMATRIX"]), dtype=np.int32)
@@ -261,3 +282,18 @@ def orientation(path: Path, frame: Any) -> Orientation:
     if abs(a) < 0.01 and abs(d) < 0.01:
         return Orientation(True, b < 0, c < 0)
     raise DecodeError(f"{path}: its metadata rotates it by {frame.rotation} degrees, not by a multiple of 90")
+
+
+def _picture_format(path: VideoFile) -> str | None:
+    """FFmpeg's name of the format, by the file's suffix; None for what is no picture."""
+    return _PICTURES.get(Path(name_of(path)).suffix.lower())
+
+
+def _exif_orientation(path: VideoFile) -> Orientation:
+    """PyAV cannot list the side data of a frame that has EXIF, so Pillow reads it."""
+    try:
+        with Image.open(io.BytesIO(head_of(path, state_of(path).size))) as picture:
+            number = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except OSError as error:
+        raise DecodeError(f"{path}: not a readable picture: {error}") from error
+    return _EXIF.get(number, Orientation())

@@ -6,21 +6,21 @@ make up (for the snapshot).
 
 from __future__ import annotations
 
-import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from encode.config import DataConfig, EncodeConfig
+from encode.config import DataConfig, EncodeConfig, FiltersConfig
+from encode.files import FileState, VideoFile, digest_of, parse_location, state_of
+from encode.filters import failing, filtered_sources
 from encode.naming import Clip, Names, clip_of
 from encode.pool import DecodePool
 from encode.probe import DecodeError
-from encode.sources import SourceItem, read_sources
+from encode.sources import SourceItem
 from manifests import keys
 from manifests.cache import Cache
 from manifests.config import ModelConfig
@@ -37,10 +37,11 @@ _AHEAD = 64
 class Survey:
     """What a job wants.
 
-    wanted: one row an entry, no key twice (schema `WANTED`). samples: one row a window (columns `SAMPLE_COLUMNS`).
+    wanted: one row an entry, no key twice (schema `WANTED`). samples: one row a window and caption (columns
+    `SAMPLE_COLUMNS`). num_windows: each counted once, whatever its captions.
     fingerprints: the producers' parts, by kind. null_key: the null context. negative_keys: by prompt.
-    num_items: videos, or clips of videos, that the sources name. failed: error by item, for those that cannot be
-    used at all.
+    num_items: videos, or clips of videos, that the sources name and no filter leaves out. failed: error by item, for
+    those that cannot be used at all. left_out: how many each filter left out, by dataset; each under one filter.
     """
 
     wanted: pa.Table
@@ -50,15 +51,23 @@ class Survey:
     negative_keys: dict[str, str]
     num_items: int
     failed: dict[Clip, str]
+    num_windows: int
+    left_out: dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """Settings and sources that were found good. parts: the producers' parts, by kind."""
+    """Settings and sources that were found good.
+
+    filters: of the videos themselves, by dataset. left_out: items that other settings left out, by dataset and setting.
+    parts: the producers' parts, by kind.
+    """
 
     model: ModelConfig
     config: EncodeConfig
     items: list[SourceItem]
+    filters: dict[str, FiltersConfig]
+    left_out: dict[str, Counter[str]]
     parts: dict[str, dict[str, Any]]
 
 
@@ -67,9 +76,18 @@ def check(model: ModelConfig, data: DataConfig, config: EncodeConfig) -> Request
     family = find_family("encode", model)
     family.check_geometry(config)
     check_name(config.snapshot)
-    items = read_sources(data)
+    _ = data.mixture
+    found = filtered_sources(data)
+    for name, dataset in data.datasets.items():
+        if dataset.media == "images" and config.num_frames != 1:
+            images = sum(item.dataset == name for item in found.items)
+            raise UsageError(
+                f"data.datasets.{name}: {images} images are videos of 1 frame, encode.num_frames is "
+                f"{config.num_frames}; set it to 1, and encode videos with another recipe"
+            )
+    filters = {name: dataset.filters for name, dataset in data.datasets.items()}
     parts = {"latents": family.latents_parts(model, config), "context": family.context_parts(model, config)}
-    return Request(model, config, items, parts)
+    return Request(model, config, found.items, filters, found.left_out, parts)
 
 
 def survey(
@@ -85,8 +103,8 @@ def survey(
     cache: where hashes and probes of sources are known from. remember: write new ones there.
     retry_failed: probe again what could not be probed before.
     track: wraps the loop over videos, for progress; what is known when it raises is remembered.
-    Raises `UsageError` for a video that cannot be read; one that cannot be probed, or is too short, is not an
-    error here but an entry that will be quarantined.
+    Raises `UsageError` for a video that cannot be read, or if filters leave none; one that cannot be probed, or is
+    too short, is not an error here but an entry that will be quarantined.
     """
     config, items, parts = request.config, request.items, request.parts
     family = find_family("encode", request.model)
@@ -98,7 +116,7 @@ def survey(
     memory = SourceMemory(cache)
     failed: dict[Clip, str] = {}
     videos = list(dict.fromkeys(item.video for item in items))
-    known: dict[Path, SourceFacts] = {}
+    known: dict[VideoFile, SourceFacts] = {}
     with (
         ThreadPoolExecutor(config.num_decoders) as threads,
         DecodePool(config.num_decoders, config.decode_timeout) as decoders,
@@ -112,10 +130,21 @@ def survey(
             threads.shutdown(wait=False, cancel_futures=True)
             if remember:
                 memory.save()
+    left_out = {name: Counter(counts) for name, counts in request.left_out.items()}
+    kept: set[Clip] = set()
     for item in items:
-        error = names.windows(item, known[item.video])
+        facts = known[item.video]
+        reason = None if facts.error else failing(request.filters[item.dataset], item, facts)
+        if reason:
+            left_out[item.dataset][reason] += 1
+            continue
+        kept.add(clip_of(item, facts))
+        error = names.windows(item, facts)
         if error:
-            failed[clip_of(item, known[item.video])] = error
+            failed[clip_of(item, facts)] = error
+    if not kept:
+        counts = "; ".join(f"data.datasets.{name}: {_counted(counts)}" for name, counts in left_out.items())
+        raise UsageError(f"no video is left of those the recipe names; left out: {counts}")
     wanted, samples = names.tables()
     return Survey(
         wanted=wanted,
@@ -123,13 +152,19 @@ def survey(
         fingerprints=parts,
         null_key=null_key,
         negative_keys=negative_keys,
-        num_items=len({clip_of(item, known[item.video]) for item in items}),
+        num_items=len(kept),
         failed=failed,
+        num_windows=names.num_windows,
+        left_out={name: dict(+counts) for name, counts in left_out.items() if counts.total()},
     )
 
 
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} by {name}" for name, count in counts.items() if count) or "none"
+
+
 def _look_at_all(
-    videos: Iterable[Path],
+    videos: Iterable[VideoFile],
     memory: SourceMemory,
     threads: ThreadPoolExecutor,
     decoders: DecodePool,
@@ -138,10 +173,12 @@ def _look_at_all(
     """Facts of each video, in order. What is not known by location, size and time is read a few videos ahead."""
     waiting: deque[SourceFacts | Future[SourceFacts]] = deque()
     for video in videos:
-        path, size, modified_ns = _place(video)
-        known = memory.get(path, size, modified_ns)
+        state = _state(video)
+        known = memory.get(state.location, state.size, state.modified_ns)
         if known is None or (known.error and retry_failed):
-            waiting.append(threads.submit(_read, video, SourceFacts(path, size, modified_ns, ""), decoders))
+            waiting.append(
+                threads.submit(_read, video, SourceFacts(state.location, state.size, state.modified_ns, ""), decoders)
+            )
         else:
             waiting.append(known)
         while len(waiting) > _AHEAD:
@@ -154,22 +191,18 @@ def _settled(facts: SourceFacts | Future[SourceFacts]) -> SourceFacts:
     return facts.result() if isinstance(facts, Future) else facts
 
 
-def _place(video: Path) -> tuple[str, int, int]:
-    """(resolved path, bytes, time of change)."""
+def _state(video: VideoFile) -> FileState:
     try:
-        path = os.path.realpath(video)
-        stat = os.stat(path)
+        return state_of(video)
     except OSError as error:
         raise UsageError(f"{video}: cannot read this video: {error.strerror or error}") from error
-    return path, stat.st_size, stat.st_mtime_ns
 
 
-def _read(video: Path, facts: SourceFacts, decoders: DecodePool) -> SourceFacts:
+def _read(video: VideoFile, facts: SourceFacts, decoders: DecodePool) -> SourceFacts:
     """Hash and probe a video."""
-    path = Path(facts.location)
     try:
-        facts = replace(facts, source_hash=keys.file_digest(path))
-        info = decoders.probe(path).result()
+        facts = replace(facts, source_hash=digest_of(video))
+        info = decoders.probe(parse_location(facts.location)).result()
     except OSError as error:
         raise UsageError(f"{video}: cannot read this video: {error.strerror or error}") from error
     except DecodeError as error:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -256,7 +255,7 @@ def _batches(captions: list[dict[str, Any]], size: int, work: _Work) -> Iterator
 
 def _decode_job(row: Mapping[str, Any]) -> DecodeJob:
     return DecodeJob(
-        path=Path(row["source"]),
+        path=row["source"],
         first=row["start"],
         num_frames=row["num_frames"],
         fps=row["fps"],

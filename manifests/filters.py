@@ -4,6 +4,7 @@ comparison   column = | != | <> | < | <= | > | >= value       column is [not] nu
              column [not] like 'text with % and _'            column [not] in (value, ...)
 combination  and, or, not, parentheses
 value        'text' ('' is a quote in it), 12, -0.5, true, false
+column       its name, in double quotes where that is not a plain word
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from manifests.errors import UsageError
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<text>'(?:[^']|'')*')|(?P<number>-?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
+    r'|"(?P<quoted>[^"]+)"'
     r"|(?P<word>[A-Za-z_][A-Za-z0-9_]*)|(?P<sign><=|>=|<>|!=|=|<|>|\(|\)|,))"
 )
 _KEYWORDS = {"and", "or", "not", "in", "like", "is", "null", "true", "false"}
@@ -34,23 +36,27 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 _MAX_DEPTH = 50
 
+ROW = "#"
+"""A column that conditions cannot name, for callers to tell rows by."""
 
-def matching(table: pa.Table, where: str) -> pa.Table:
-    """Return the rows a condition holds for; a null compared with anything does not.
+
+def matching(table: pa.Table, where: str, label: str = "--where") -> pa.Table:
+    """Return the rows a condition holds for; a null compared with anything does not. label: what errors call it.
 
     Raises `UsageError` that says where the condition stops making sense, or which column or type is wrong.
     """
-    expression = _Parser(where, table.schema).parse()
+    expression = _Parser(where, table.schema, label).parse()
     try:
         return table.filter(expression)
     except pa.ArrowException as error:
-        raise UsageError(f"--where {where!r}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{label} {where!r}: {str(error).splitlines()[0]}") from error
 
 
 class _Parser:
     """Recursive descent over the tokens; `or` binds weaker than `and`, `and` weaker than `not`."""
 
-    def __init__(self, where: str, schema: pa.Schema) -> None:
+    def __init__(self, where: str, schema: pa.Schema, label: str) -> None:
+        self._label = label
         self._where = where
         self._schema = schema
         self._tokens = self._tokenise(where)
@@ -68,11 +74,12 @@ class _Parser:
         while where[position:].strip():
             match = _TOKEN.match(where, position)
             if match is None:
-                raise UsageError(f"--where {where!r}: cannot read it from {where[position:].strip()[:20]!r} on")
+                raise UsageError(f"{self._label} {where!r}: cannot read it from {where[position:].strip()[:20]!r} on")
             kind = match.lastgroup or ""
             text = match.group(kind)
             if kind == "word" and text.lower() in _KEYWORDS:
                 kind, text = "keyword", text.lower()
+            kind = "word" if kind == "quoted" else kind
             tokens.append((kind, text))
             position = match.end()
         return tokens
@@ -80,7 +87,7 @@ class _Parser:
     def _or(self) -> pc.Expression:
         self._depth += 1
         if self._depth > _MAX_DEPTH:
-            raise UsageError(f"--where: nested more than {_MAX_DEPTH} deep")
+            raise UsageError(f"{self._label}: nested more than {_MAX_DEPTH} deep")
         expression = self._and()
         while self._take("keyword", "or"):
             expression = expression | self._and()
@@ -115,7 +122,7 @@ class _Parser:
         if self._take("keyword", "like"):
             pattern = self._value(name, kind)
             if not isinstance(pattern, str):
-                raise UsageError(f"--where {self._where!r}: like needs a pattern in quotes, for a column of text")
+                raise UsageError(f"{self._label} {self._where!r}: like needs a pattern in quotes, for a column of text")
             expression = pc.match_like(field, pattern)
         elif self._take("keyword", "in"):
             self._expect("sign", "(")
@@ -135,11 +142,11 @@ class _Parser:
         if self._peek()[0] != "word":
             raise self._error("a column")
         name = self._advance()[1]
-        known = [field.name for field in self._schema if not pa.types.is_nested(field.type)]
+        known = [f.name for f in self._schema if f.name != ROW and not pa.types.is_nested(f.type)]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-            raise UsageError(f"--where {self._where!r}: no column {name!r}; {hint}")
+            raise UsageError(f"{self._label} {self._where!r}: no column {name!r}; {hint}")
         return name, self._schema.field(name).type
 
     def _value(self, name: str, kind: pa.DataType) -> str | int | float | bool:
@@ -156,7 +163,7 @@ class _Parser:
         else:
             raise self._error("a value")
         if not fits:
-            raise UsageError(f"--where {self._where!r}: {name} is a column of {kind}, {text} is not")
+            raise UsageError(f"{self._label} {self._where!r}: {name} is a column of {kind}, {text} is not")
         self._next += 1
         return value
 
@@ -180,4 +187,4 @@ class _Parser:
     def _error(self, expected: str) -> UsageError:
         kind, text = self._peek()
         found = "it ends" if kind == "end" else f"there is {text!r}"
-        return UsageError(f"--where {self._where!r}: expected {expected}, but {found}")
+        return UsageError(f"{self._label} {self._where!r}: expected {expected}, but {found}")

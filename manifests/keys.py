@@ -45,12 +45,16 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def file_digest(path: Path) -> str:
-    """Hash a file's bytes."""
+def file_digest(path: Path, offset: int = 0, size: int | None = None) -> str:
+    """Hash a file's bytes: all of them, or `size` from `offset` on. `OSError` if the file ends before."""
     state = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
+        file.seek(offset)
+        while chunk := file.read(_CHUNK_BYTES if size is None else min(size, _CHUNK_BYTES)):
             state.update(chunk)
+            size = None if size is None else size - len(chunk)
+    if size:
+        raise OSError(f"ends {size} bytes too early")
     return state.hexdigest()[:KEY_DIGITS]
 
 
@@ -106,8 +110,13 @@ def context_key(*, caption: str | None, fingerprint: str) -> str:
     return digest({"kind": "context", "caption": caption, "fingerprint": fingerprint, "format": FORMAT_VERSION})
 
 
+def captions_key(contexts: Mapping[str, str]) -> str:
+    """Name several captions of one video by the key of each one's context, by name."""
+    return digest({"captions": dict(contexts)})
+
+
 def sample_id(*, dataset: str, latents: str, context: str) -> str:
-    """Name a training sample by what it is made of."""
+    """Name a training sample by what it is made of. context: its context's key, or the `captions_key` of several."""
     return digest({"dataset": dataset, "latents": latents, "context": context})
 
 

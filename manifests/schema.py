@@ -64,7 +64,8 @@ SOURCES = pa.schema(
 
 _LOCATION = [("shard", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("checksum", pa.string())]
 
-# `sample_id` to `context_key` are hashed into the snapshot's name; where things lie is not.
+# `sample_id` to `context_key` are hashed into the snapshot's name, and weights where a row has one; where things lie is
+# not. A sample with several captions is a row each, with one `sample_id`; `captions_key` stands for all of them.
 SNAPSHOT_IDENTITY = ["sample_id", "dataset", "latents_key", "context_key"]
 SNAPSHOT = pa.schema(
     [
@@ -78,6 +79,9 @@ SNAPSHOT = pa.schema(
         ("num_frames", pa.int32()),
         ("fps", pa.float64()),
         ("caption", pa.string()),
+        ("caption_name", pa.string()),
+        ("captions_key", pa.string()),
+        ("weight", pa.float64()),
         ("latents_shape", pa.list_(pa.int32())),
         *((f"latents_{name}", kind) for name, kind in _LOCATION),
         *((f"context_{name}", kind) for name, kind in _LOCATION),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 
 from manifests.cache import Cache, is_first
 from manifests.errors import LatentlineError, UsageError
-from manifests.keys import FORMAT_VERSION, sample_id, table_digest
+from manifests.keys import FORMAT_VERSION, table_digest
+from manifests.sample_rows import first_names, is_new, pieces, sample_ids
 from manifests.schema import KINDS, OK, SNAPSHOT, SNAPSHOT_IDENTITY, snapshot_name_path, snapshot_path
 from manifests.shards import Location
 from manifests.store import Store
@@ -27,28 +28,33 @@ from manifests.tables import read_table, table_bytes
 _LOCATED = ("key", "status", "shard", "offset", "size", "checksum", "shape")
 _PLACES = {f"{kind}_{name}" for kind in KINDS for name in ("shard", "offset", "size", "checksum")} | {"latents_shape"}
 _REPEATED = (
-    "dataset", "context_key", "source", "source_hash", "caption", "latents_shard", "context_shard", "context_checksum",
+    "dataset", "context_key", "source", "source_hash", "caption", "caption_name", "captions_key", "latents_shard",
+    "context_shard", "context_checksum",
 )  # fmt: skip
-_PIECE = 65_536
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one training step consumes. latents_shape: (C, T, H, W) in latent frames and latent pixels."""
+    """What one training step consumes: latents, and one of the contexts.
+
+    contexts, captions: of each caption, by name, in order of the names; a single one without a name is under "".
+    latents_shape: (C, T, H, W) in latent frames and latent pixels.
+    """
 
     sample_id: str
     latents: Location
-    context: Location
+    contexts: dict[str, Location]
     latents_shape: tuple[int, ...]
     dataset: str
     source: str
-    caption: str
+    captions: dict[str, str]
 
 
 class Snapshot:
     """A snapshot in memory.
 
+    table: a row a sample and caption (schema `SNAPSHOT`), those of a sample side by side.
     fingerprints: the producers' parts, by kind. null_context: the context of dropped text.
     negative_contexts: contexts of negative prompts, by prompt.
     """
@@ -62,28 +68,39 @@ class Snapshot:
             prompt: Location(**location) for prompt, location in footer["negative_contexts"].items()
         }
 
+        self.first_rows = np.flatnonzero(is_first(_plain(table["sample_id"])))
+
     @property
     def num_samples(self) -> int:
-        return len(self.table)
+        return len(self.first_rows)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column with one value a sample: of its first caption, where its captions differ."""
+        return self.table[name].take(pa.array(self.first_rows))
 
     @property
     def shapes(self) -> dict[tuple[int, ...], int]:
         """Samples in each bucket, by latent shape (C, T, H, W)."""
         counts: dict[tuple[int, ...], int] = {}
-        for shape in self.table["latents_shape"].to_pylist():
+        for shape in self.column("latents_shape").to_pylist():
             counts[tuple(shape)] = counts.get(tuple(shape), 0) + 1
         return counts
 
     def sample(self, index: int) -> Sample:
-        row = self.table.slice(index, 1).to_pylist()[0]
+        if not 0 <= index < self.num_samples:
+            raise IndexError(index)
+        begin = int(self.first_rows[index])
+        end = int(self.first_rows[index + 1]) if index + 1 < self.num_samples else len(self.table)
+        rows = self.table.slice(begin, end - begin).to_pylist()
+        first = rows[0]
         return Sample(
-            sample_id=row["sample_id"],
-            latents=_location(row, "latents_"),
-            context=_location(row, "context_"),
-            latents_shape=tuple(row["latents_shape"]),
-            dataset=row["dataset"],
-            source=row["source"],
-            caption=row["caption"],
+            sample_id=first["sample_id"],
+            latents=_location(first, "latents_"),
+            contexts={row["caption_name"] or "": _location(row, "context_") for row in rows},
+            latents_shape=tuple(first["latents_shape"]),
+            dataset=first["dataset"],
+            source=first["source"],
+            captions={row["caption_name"] or "": row["caption"] for row in rows},
         )
 
 
@@ -107,7 +124,7 @@ def build_snapshot(
 ) -> tuple[Snapshot, SnapshotCounts]:
     """Freeze samples whose entries are committed, and point `name` at the result.
 
-    samples: one row a window, with the columns of `SNAPSHOT` up to `caption` except `sample_id`.
+    samples: one row a window and caption, with the columns of `SNAPSHOT` up to `weight` except `sample_id`.
     Raises `LatentlineError` if an entry is neither committed nor quarantined, or if no sample is left.
     """
     check_name(name)
@@ -121,10 +138,13 @@ def build_snapshot(
             f"cache {cache.url!r}: {missing} of {len(samples)} samples are not encoded yet (first: {source}); "
             "run `latentline encode` again"
         )
-    good = pc.and_(pc.equal(statuses[0], OK), pc.equal(statuses[1], OK))
-    num_good = pc.sum(good).as_py() or 0
+    ids = sample_ids(samples)
+    bad = ids.filter(pc.invert(pc.and_(pc.equal(statuses[0], OK), pc.equal(statuses[1], OK))))
+    good = pc.invert(pc.is_in(ids, value_set=bad))  # a sample with a caption in quarantine is left out whole
+    windows = pc.equal(samples["caption_name"].fill_null(""), first_names(samples))
+    num_windows, num_good = pc.sum(windows).as_py(), pc.sum(pc.and_(windows, good)).as_py() or 0
     if not num_good:
-        raise LatentlineError(f"cache {cache.url!r}: every one of the {len(samples)} samples is quarantined")
+        raise LatentlineError(f"cache {cache.url!r}: every one of the {num_windows} samples is quarantined")
     footer = {
         "format": FORMAT_VERSION,
         "fingerprints": {kind: dict(parts) for kind, parts in fingerprints.items()},
@@ -132,12 +152,12 @@ def build_snapshot(
         "negative_keys": dict(negative_keys),
         **_fixed_contexts(cache, places["context"].index, null_key, negative_keys),
     }
-    ids = _sample_ids(samples)
+    by = ["id", "caption_name", "source"]
     order = pc.sort_indices(
-        pa.table([ids, samples["source"]], ["id", "source"]), [(n, "ascending") for n in ("id", "source")]
+        pa.table([ids, samples["caption_name"], samples["source"]], by), [(name, "ascending") for name in by]
     )
     order = order.filter(good.take(order))
-    order = order.filter(is_first(ids.take(order).combine_chunks()))
+    order = order.filter(is_new(ids.take(order), samples["caption_name"].take(order)))
     columns = {"sample_id": ids.take(order)}
     columns |= {
         name: _compact(samples[name], name).take(order) for name in SNAPSHOT.names if name in samples.column_names
@@ -146,8 +166,13 @@ def build_snapshot(
         columns |= places.pop(kind).columns(order)
     table = pa.table([columns[name] for name in SNAPSHOT.names], SNAPSHOT.names).combine_chunks()
     snapshot_hash = write_snapshot(cache.store, table, footer, name)
-    counts = SnapshotCounts(len(table), len(samples) - num_good, num_good - len(table))
-    return Snapshot(snapshot_hash, table, footer), counts
+    snapshot = Snapshot(snapshot_hash, table, footer)
+    counts = SnapshotCounts(snapshot.num_samples, num_windows - num_good, num_good - snapshot.num_samples)
+    return snapshot, counts
+
+
+def _plain(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 class _Places:
@@ -183,8 +208,10 @@ def write_snapshot(store: Store, table: pa.Table, footer: Mapping[str, Any], nam
 
 
 def hash_rows(table: pa.Table) -> str:
-    """Name a snapshot by what its rows identify."""
-    columns = ((piece.to_pylist() for piece in _pieces(table[column])) for column in SNAPSHOT_IDENTITY)
+    """Name a snapshot by what its rows identify: `SNAPSHOT_IDENTITY`, and the weights if any row has one."""
+    weighted = table["weight"].null_count < len(table)
+    names = [*SNAPSHOT_IDENTITY, "weight"] if weighted else SNAPSHOT_IDENTITY
+    columns = ((piece.to_pylist() for piece in pieces(table[column])) for column in names)
     return table_digest(FORMAT_VERSION, columns)
 
 
@@ -192,24 +219,6 @@ def check_name(name: str) -> None:
     """Raise `UsageError` unless `name` can name a snapshot."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"snapshot name {name!r}: use letters, digits, '.', '_' and '-'")
-
-
-def _pieces(column: pa.ChunkedArray) -> Iterator[pa.ChunkedArray]:
-    for begin in range(0, len(column), _PIECE):
-        yield column.slice(begin, _PIECE)
-
-
-def _sample_ids(rows: pa.Table) -> pa.ChunkedArray:
-    columns = [_pieces(rows[name]) for name in ("dataset", "latents_key", "context_key")]
-    pieces = [
-        [sample_id(dataset=dataset, latents=a, context=b) for dataset, a, b in zip(*map(_values, piece), strict=True)]
-        for piece in zip(*columns, strict=True)
-    ]
-    return pa.chunked_array([pa.array(ids, pa.string()) for ids in pieces], pa.string())
-
-
-def _values(piece: pa.ChunkedArray) -> list[Any]:
-    return piece.to_pylist()
 
 
 def relocate(cache: Cache, snapshot_hash: str) -> bool:

@@ -66,7 +66,12 @@ def make_subsets(
             f"snapshot {empty[0]!r} would be empty: {len(chosen)} of {len(table)} samples match, of {videos} videos"
         )
     return [
-        Subset(part, write_snapshot(cache.store, rows, footer, part), len(rows), len(rows["source_hash"].unique()))
+        Subset(
+            part,
+            write_snapshot(cache.store, rows, footer, part),
+            samples=len(rows["sample_id"].unique()),
+            videos=len(rows["source_hash"].unique()),
+        )
         for part, rows in written.items()
     ]
 

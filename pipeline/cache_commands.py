@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from encode.files import name_of
 from encode.job import plan_encode
 from encode.sources import SourceItem
 from encode.survey import check, survey
@@ -42,7 +43,7 @@ def cache_status(url: str, *, shown: int | None = _SHOWN) -> dict[str, Any]:
     snapshots = {}
     for name in names:
         snapshot = load_snapshot(cache.store, name)
-        datasets = pc.value_counts(snapshot.table["dataset"].combine_chunks()).to_pylist()
+        datasets = pc.value_counts(snapshot.column("dataset").combine_chunks()).to_pylist()
         counts = {item["values"]: item["counts"] for item in sorted(datasets, key=lambda item: item["values"])}
         snapshots[name] = {"samples": snapshot.num_samples, "datasets": counts, "hash": snapshot.hash}
     lines = []
@@ -116,7 +117,8 @@ def cache_plan(recipe: Recipe, *, price: float | None) -> dict[str, Any]:
     result: dict[str, Any] = {
         "cache": recipe.encode.cache,
         "videos": planned.survey.num_items,
-        "windows": len(planned.survey.samples),
+        "windows": planned.survey.num_windows,
+        "left_out": planned.survey.left_out,
         "to_encode": planned.missing,
         "to_encode_bytes": {kind: planned.missing[kind] * planned.entry_bytes[kind] for kind in KINDS},
         "shards": planned.num_shards,
@@ -208,11 +210,11 @@ def _orphaned(cache: Cache, wanted: pa.ChunkedArray) -> dict[str, Any]:
 
 def _items_of(items: Sequence[SourceItem], video: str) -> list[SourceItem]:
     """The items of one video, given by path, file name, or name in its dataset."""
-    path = Path(video).expanduser().resolve()
-    found = [item for item in items if item.video.resolve() == path]
-    found = found or [item for item in items if video in (item.name, item.video.name)]
+    path = str(Path(video).expanduser().resolve())
+    found = [item for item in items if str(item.video) == video or os.path.realpath(str(item.video)) == path]
+    found = found or [item for item in items if video in (item.name, name_of(item.video))]
     if not found:
-        near = difflib.get_close_matches(os.path.basename(video), [item.video.name for item in items], n=1)
+        near = difflib.get_close_matches(os.path.basename(video), [name_of(item.video) for item in items], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"{video}: not a video of the recipe's {len(items)}{hint}")
     return found

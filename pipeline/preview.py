@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from encode.decode import DecodeJob
+from encode.files import digest_of, file_of, name_of, parse_location
 from encode.pool import DecodePool
 from encode.probe import DecodeError
 from infer.video import contact_sheet, write_mp4
 from manifests.cache import Cache
 from manifests.errors import StaleCacheError
 from manifests.family import find_family
-from manifests.keys import file_digest
 from manifests.shards import read_tensors
 from manifests.snapshot import Snapshot, load_snapshot
 from pipeline.recipe import Recipe, validate
@@ -54,7 +54,7 @@ def cache_preview(url: str, recipe: Recipe | None, *, snapshot: str, count: int,
         for index, row in track("decoding")(list(zip(chosen, rows, strict=True)), len(rows)):
             frames = decoder.decode(read_tensors(cache.store, frozen.sample(index).latents)["latents"])
             source, fps, problem = _source(row, decoders)
-            name = f"{index:06d}-{Path(row['source']).stem}"
+            name = f"{index:06d}-{Path(name_of(parse_location(row['source']))).stem}"
             write_mp4(output / f"{name}.mp4", frames, fps)
             psnr = None if source is None else psnr_of(frames, source)
             label = f"{name}, {f'PSNR {psnr:.1f} dB' if psnr is not None else problem}"
@@ -80,7 +80,7 @@ def psnr_of(frames: np.ndarray, other: np.ndarray) -> float:
 
 def _manifest_row(cache: Cache, snapshot: Snapshot, index: int) -> dict[str, Any]:
     """The manifest's row of a sample's latents, and the manifest's footer."""
-    row = snapshot.table.slice(index, 1).to_pylist()[0]
+    row = snapshot.table.slice(int(snapshot.first_rows[index]), 1).to_pylist()[0]
     shard_id = row["latents_shard"].rsplit("/", 1)[1].split(".")[0]
     table, footer = cache.manifest("latents", shard_id)
     [found] = [item for item in table.to_pylist() if item["key"] == row["latents_key"]]
@@ -89,16 +89,20 @@ def _manifest_row(cache: Cache, snapshot: Snapshot, index: int) -> dict[str, Any
 
 def _source(row: dict[str, Any], decoders: DecodePool) -> tuple[np.ndarray | None, float, str | None]:
     """(frames of the window in the source, frames a second, why there are none)."""
-    path = Path(row["source"])
+    video = parse_location(row["source"])
     fps = row["fps"] or _FALLBACK_FPS
-    if not path.is_file():
+    if not file_of(video).is_file():
         return None, fps, "the source is gone"
-    if file_digest(path) != row["source_hash"]:
+    try:
+        same = digest_of(video) == row["source_hash"]
+    except OSError:
+        same = False
+    if not same:
         return None, fps, "the source has changed"
     size = {name: row[name] for name in ("num_frames", "fps", "height", "width")}
-    job = DecodeJob(path=path, first=row["start"], start=row["clip_start"], end=row["clip_end"], **size)
+    job = DecodeJob(path=video, first=row["start"], start=row["clip_start"], end=row["clip_end"], **size)
     try:
-        fps = row["fps"] or decoders.probe(path).result().fps
+        fps = row["fps"] or decoders.probe(video).result().fps
         return np.array(decoders.submit(job).result()), fps, None
     except DecodeError as error:
         return None, fps, str(error)

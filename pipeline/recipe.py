@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import tomli_w
@@ -165,6 +166,9 @@ def _fields_only(location: list[str]) -> list[str]:
     kind: Any = Recipe
     kept = []
     for part in location:
+        members = [member for member in get_args(kind) if member is not type(None)]
+        if get_origin(kind) is UnionType and len(members) == 1:
+            kind = members[0]
         if dataclasses.is_dataclass(kind):
             kind = get_type_hints(kind).get(part)
         elif get_origin(kind) is dict:

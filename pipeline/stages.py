@@ -20,11 +20,13 @@ from manifests.cache import Cache
 from manifests.errors import EXIT_DONE, EXIT_FAILURE, EXIT_QUARANTINED, UsageError
 from manifests.family import find_family
 from manifests.local_cache import CachedStore
+from manifests.order import order_of
 from manifests.schema import KINDS
 from manifests.snapshot import load_snapshot
 from pipeline.array import array_expression, array_tasks, missing_tasks, plan_array
 from pipeline.recipe import Recipe, resolved, write_resolved
 from pipeline.report import human_bytes, log, progress_bar, quiet_libraries, track
+from pipeline.sample_table import show_samples
 
 if TYPE_CHECKING:
     from infer.results import Result
@@ -48,7 +50,10 @@ def encode_stage(
     with stop_on_signal() as stop:
         planned = plan_stage(recipe, stop, create=not dry_run, retry_quarantined=retry_quarantined)
         if dry_run:
+            show_samples(planned.survey.samples, recipe.encode)
             return _dry_run(planned), EXIT_DONE
+        for line in _left_out_lines(planned):
+            log(line)
         log(_plan_line(planned))
         total = array_tasks(planned) if total is None else total
         if index >= total:
@@ -71,6 +76,7 @@ def encode_stage(
         "samples": result.counts.samples,
         "encoded": result.encoded,
         "reused": {kind: planned.wanted[kind] - planned.missing[kind] for kind in KINDS},
+        "left_out": planned.survey.left_out,
         "quarantined_videos": len(result.quarantined),
         "duplicate_samples": result.counts.duplicates,
         "truncated_captions": result.truncated,
@@ -135,6 +141,8 @@ def train_stage(
     is_main = int(os.environ.get("RANK", "0")) == 0
     store = Cache(recipe.encode.cache).store
     snapshot = load_snapshot(store, recipe.train.snapshot or recipe.encode.snapshot)
+    mixture = recipe.data.mixture
+    order_of(snapshot, recipe.train.seed, mixture)
     if dry_run:
         return _train_dry_run(describe(recipe.model, recipe.train, snapshot))
     family = find_family("train", recipe.model)
@@ -147,7 +155,7 @@ def train_stage(
         write_dataset_facts(snapshot, recipe.model, Path(recipe.train.output))
     if recipe.train.local_cache is not None:
         store = CachedStore(store.url, recipe.train.local_cache, int(recipe.train.local_cache_gb * 1e9))
-    result = train(recipe.model, recipe.train, snapshot, store, profile=profile)
+    result = train(recipe.model, recipe.train, snapshot, store, mixture=mixture, profile=profile)
     told = {**asdict(result), "snapshot": snapshot.hash}
     if is_main:
         folder = write_model_folder(recipe, Path(recipe.train.output), repo_id=push_to)
@@ -240,6 +248,13 @@ def _run_with_progress(recipe: Recipe, planned: EncodePlan, index: int, total: i
         return run_encode(recipe.model, recipe.encode, planned, index=index, total=total, stop=stop, on_report=show)
 
 
+def _left_out_lines(planned: EncodePlan) -> list[str]:
+    return [
+        f"left out of {dataset}: {', '.join(f'{count} by {setting}' for setting, count in counts.items())}"
+        for dataset, counts in planned.survey.left_out.items()
+    ]
+
+
 def _plan_line(planned: EncodePlan) -> str:
     if not planned.plan.num_entries:
         return "nothing to encode: every entry is in the cache"
@@ -251,7 +266,8 @@ def _dry_run(planned: EncodePlan) -> dict[str, Any]:
     return {
         "cache": planned.cache.url if planned.cache else None,
         "videos": planned.survey.num_items,
-        "windows": len(planned.survey.samples),
+        "windows": planned.survey.num_windows,
+        "left_out": planned.survey.left_out,
         "entries_wanted": planned.wanted,
         "entries_present": {kind: planned.wanted[kind] - planned.missing[kind] for kind in KINDS},
         "entries_missing": planned.missing,

@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 from manifests.errors import LatentlineError, UsageError
+from manifests.mixture import Mixture
 from train.adapters import WEIGHTS_NAME, adapter_parameters, load_adapter, save_adapter
 from train.config import TrainConfig
 
@@ -50,13 +51,15 @@ class Progress:
     samples_consumed: int
 
 
-def fixed_settings(config: TrainConfig, *, snapshot_hash: str, base_digest: str) -> dict[str, Any]:
+def fixed_settings(
+    config: TrainConfig, *, snapshot_hash: str, base_digest: str, mixture: Mixture = Mixture()
+) -> dict[str, Any]:
     """Return what a run may not change when it resumes, by dotted name, as JSON values.
 
     `steps` is among them only where the schedule depends on it; micro-batches, parallelism, activation
     policy, threads and tracking are free.
     """
-    fixed: dict[str, Any] = {"snapshot": snapshot_hash, "model": base_digest}
+    fixed: dict[str, Any] = {"snapshot": snapshot_hash, "model": base_digest, **mixture.settings()}
     for name in _FIXED:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

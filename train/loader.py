@@ -18,9 +18,10 @@ from types import ModuleType, TracebackType
 import torch
 
 from manifests.errors import LatentlineError
-from manifests.order import Order
+from manifests.mixture import Mixture
+from manifests.order import order_of
 from manifests.shards import Location, read_tensors
-from manifests.snapshot import Snapshot
+from manifests.snapshot import Sample, Snapshot
 from manifests.store import Store
 from train.config import TrainConfig
 
@@ -98,6 +99,7 @@ class Loader:
         rank: int,
         world: int,
         device: torch.device,
+        mixture: Mixture = Mixture(),
     ) -> None:
         self.snapshot = snapshot
         self.store = store
@@ -107,7 +109,8 @@ class Loader:
         self.world = world
         self.device = device
         self.wait_seconds = 0.0
-        self.order = Order(snapshot.hash, config.seed, snapshot.num_samples)
+        self.mixture = mixture
+        self.order = order_of(snapshot, config.seed, mixture)
         self._pool = ThreadPoolExecutor(config.loader_threads, "loader", self._on_device)
         self._null_context = self._pool.submit(self._read, snapshot.null_context, "context")
 
@@ -168,13 +171,19 @@ class Loader:
                 latents = self.family.normalise(latents, self.snapshot.fingerprints["latents"])
             except LatentlineError as error:
                 raise LatentlineError(f"sample {sample.sample_id} ({sample.source}): {error}") from error
-            context = self._null_context.result() if drawn.drop_text else self._read(sample.context, "context")
+            context = self._null_context.result() if drawn.drop_text else self._context(sample, epoch)
             examples.append(self.family.example(latents, context, drawn))
             sample_ids.append(sample.sample_id)
         inputs = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
         if self.device.type == "cuda":
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         return MicroBatch(slot, inputs, tuple(sample_ids))
+
+    def _context(self, sample: Sample, epoch: int) -> torch.Tensor:
+        """The context of the caption that this visit draws."""
+        names = sorted(sample.contexts)
+        chosen = self.mixture.caption(self.config.seed, epoch, sample.sample_id, sample.dataset, names)
+        return self._read(sample.contexts[names[chosen]], "context")
 
     def _on_device(self) -> None:
         """Pin memory for this rank's GPU: the current device is each thread's own."""

@@ -16,7 +16,8 @@ import torch
 from manifests.config import ModelConfig
 from manifests.errors import LatentlineError, Preempted, UsageError
 from manifests.family import find_family
-from manifests.order import Order
+from manifests.mixture import Mixture
+from manifests.order import order_of
 from manifests.snapshot import Snapshot
 from manifests.store import Store
 from train import checkpoint, parallel
@@ -60,19 +61,22 @@ def train(
     snapshot: Snapshot,
     store: Store,
     *,
+    mixture: Mixture = Mixture(),
     on_checkpoint: OnCheckpoint | None = None,
     profile: bool = False,
 ) -> TrainResult:
     """Train an adapter on a snapshot and write it to `<output>/adapter/pytorch_lora_weights.safetensors`.
 
     Runs on the ranks torchrun describes, or alone. Continues from the newest good checkpoint in `config.output`.
-    On SIGTERM or SIGUSR1 all ranks finish the step, write a checkpoint and raise `Preempted`. profile: write
-    `<output>/profile/trace.json`. Raises `StaleCacheError` if the snapshot was made with other weights than the
-    model's, `UsageError` for settings that cannot work, `LatentlineError` for a loss or gradient that is not finite.
+    mixture: how often each dataset and caption is drawn. On SIGTERM or SIGUSR1 all ranks finish the step, write a
+    checkpoint and raise `Preempted`. profile: write `<output>/profile/trace.json`. Raises `StaleCacheError` if the
+    snapshot was made with other weights than the model's, `UsageError` for settings that cannot work,
+    `LatentlineError` for a loss or gradient that is not finite.
     """
     family = find_family("train", model)
     check_trackers(config.track)
     family.check_snapshot(snapshot, model)
+    order_of(snapshot, config.seed, mixture)
     family.check_objective(config.objective, snapshot.shapes)
     family.check_context_parallel(config.context_parallel, model, snapshot.shapes)
     try:
@@ -80,7 +84,7 @@ def train(
     except OSError as error:
         raise UsageError(f"train.output {config.output!r}: cannot be a folder to write to: {error.strerror}") from error
     with parallel.join(config.context_parallel) as ranks, stop_on_signal() as stop:
-        return _Run(model, config, snapshot, store, family, ranks, stop, on_checkpoint, profile).run()
+        return _Run(model, config, snapshot, store, family, ranks, stop, mixture, on_checkpoint, profile).run()
 
 
 class _Run:
@@ -95,6 +99,7 @@ class _Run:
         family: ModuleType,
         ranks: Ranks,
         stop: StopFlag,
+        mixture: Mixture,
         on_checkpoint: OnCheckpoint | None,
         profile: bool,
     ) -> None:
@@ -105,12 +110,13 @@ class _Run:
         self.ranks = ranks
         self.stop = stop
         self.stopping = False  # what all ranks agreed on at the last step; `stop` is this rank's alone
+        self.mixture = mixture
         self.on_checkpoint = on_checkpoint
         self.profile = profile
         self.output = Path(config.output)
         self.checkpoints = self.output / "checkpoints"
         self.settings = checkpoint.fixed_settings(
-            config, snapshot_hash=snapshot.hash, base_digest=family.base_digest(model)
+            config, snapshot_hash=snapshot.hash, base_digest=family.base_digest(model), mixture=mixture
         )
         self.built = build(model, config, family, ranks, snapshot)
         self.transformer = self.built.transformer
@@ -140,6 +146,7 @@ class _Run:
             rank=self.ranks.data_rank,
             world=self.ranks.data_world,
             device=self.ranks.device,
+            mixture=self.mixture,
         )
         try:
             with (
@@ -277,7 +284,7 @@ class _Run:
     def sample_ids(self, step: int) -> list[str]:
         """Return the ids of a step's samples, in the global order."""
         size = self.config.batch_size
-        order = Order(self.snapshot.hash, self.config.seed, self.snapshot.num_samples)
+        order = order_of(self.snapshot, self.config.seed, self.mixture)
         return [self.snapshot.sample(order[step * size + i][1]).sample_id for i in range(size)]
 
     def speed(self, meter: Meter) -> dict[str, float]:

@@ -1,56 +1,76 @@
 """Readers of public data layouts, one file a layout.
 
-A layout is a module of this package with `read(name, dataset) -> list[SourceItem]`; `DatasetConfig.layout` is the
-module's name. Adding a layout adds a file here and its name to `DatasetConfig.layout`, nothing else.
+A layout is a module of this package with `read(name, dataset, left_out) -> list[SourceItem]`; `DatasetConfig.layout`
+is the module's name. Adding a layout adds a file here and its name to `encode.config.Layout`, nothing else.
 
 Readers look at names and text only; no video is opened. Everything wrong with a dataset is reported at once, in
-one line, before any work starts.
+one line, before any work starts. What a dataset's settings leave out is counted in `left_out`, by setting.
 """
 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from encode.config import DataConfig
+from encode.config import DataConfig, DatasetConfig
+from encode.files import VideoFile
 from manifests.errors import UsageError
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi"})
+_SUFFIXES = {
+    "videos": frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi"}),
+    "images": frozenset({".jpg", ".jpeg", ".png"}),
+}
 _EXAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceItem:
-    """One video, or one part of it, with its caption.
+    """One video, or one part of it, with its captions.
 
     dataset: key of the dataset in `data.datasets`.
     name: the video as the dataset names it, without folder of the dataset and without suffix.
-    video: path of an existing file. caption: not empty, `prompt_prefix` included.
+    video: an existing file, or a member of a tar.
+    captions: not empty, `prompt_prefix` included, by name; a single caption that has no name is under "".
     start, end: the part of the video to use, seconds from its first presented frame, end exclusive; None means
         from the beginning, to the end.
+    weight: how often it is drawn relative to the others of the dataset; None is 1.
+    facts: further values the dataset has of it, for `filters.where`.
     """
 
     dataset: str
     name: str
-    video: Path
-    caption: str
+    video: VideoFile
+    captions: Mapping[str, str]
     start: float | None = None
     end: float | None = None
+    weight: float | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_sources(data: DataConfig) -> list[SourceItem]:
+@dataclass(frozen=True)
+class Sources:
+    """What the datasets of a recipe name. left_out: by dataset, then by the setting that left it out."""
+
+    items: list[SourceItem]
+    left_out: dict[str, Counter[str]]
+
+
+def read_sources(data: DataConfig) -> Sources:
     """Every item of every dataset, in the order of the recipe, sorted or in table order within a dataset.
 
     Raises UsageError, one line, when there is no dataset or a dataset has any problem.
     """
     if not data.datasets:
         raise UsageError("data.datasets is empty: name at least one dataset with a layout and a path")
-    items: list[SourceItem] = []
+    found = Sources([], {})
     for name, dataset in data.datasets.items():
         layout = importlib.import_module(f"encode.sources.{dataset.layout}")
-        items += layout.read(name, dataset)
-    return items
+        counts = found.left_out[name] = Counter()
+        found.items.extend(layout.read(name, dataset, counts))
+    return found
 
 
 class Problems:
@@ -75,8 +95,20 @@ class Problems:
         raise UsageError(f"{self._where}: " + "; ".join(parts))
 
 
-def prompt_of(where: str, prompt: str) -> str:
-    """`DatasetConfig.prompt`, checked."""
-    if not prompt.strip():
+def media_suffixes(dataset: DatasetConfig) -> frozenset[str]:
+    """Suffixes, lower case, of the files that are the dataset's videos."""
+    return _SUFFIXES[dataset.media]
+
+
+def prompt_of(where: str, dataset: DatasetConfig) -> dict[str, str] | None:
+    """`DatasetConfig.prompt`, checked, as the captions of every video; None where videos have their own."""
+    if dataset.prompt is None:
+        return None
+    if not dataset.prompt.strip():
         raise UsageError(f"{where}.prompt is empty: write the caption, or remove it to read one a video")
-    return prompt
+    return {"": dataset.prompt}
+
+
+def prefixed(dataset: DatasetConfig, captions: Mapping[str, str]) -> dict[str, str]:
+    """Captions with `DatasetConfig.prompt_prefix`."""
+    return {name: dataset.prompt_prefix + text for name, text in captions.items()}

@@ -203,7 +203,7 @@ def test_clips_of_a_table_become_samples_of_their_own(job: Job) -> None:
     job.data = DataConfig(datasets={"t": DatasetConfig(layout="table", path=str(table))})
     snapshot = job.encode().snapshot
     store = Cache(str(job.cache)).store
-    latents = {s.caption: read_tensors(store, s.latents)["latents"] for s in map(snapshot.sample, range(2))}
+    latents = {s.captions[""]: read_tensors(store, s.latents)["latents"] for s in map(snapshot.sample, range(2))}
     assert set(latents) == {"first", "second"}
     assert (latents["first"] - latents["second"]).abs().max() > 0.1
 

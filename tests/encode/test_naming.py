@@ -18,7 +18,7 @@ CONFIG = EncodeConfig(
 
 
 def item(name: str, caption: str = "a caption", **clip: float) -> SourceItem:
-    return SourceItem(dataset="d", name=name, video=Path(f"/v/{name}.mp4"), caption=caption, **clip)
+    return SourceItem(dataset="d", name=name, video=Path(f"/v/{name}.mp4"), captions={"": caption}, **clip)
 
 
 def facts(name: str, frames: int = 17, **other) -> SourceFacts:

@@ -21,7 +21,7 @@ def make(root: Path, videos: list[str], captions: dict[str, str | bytes]) -> Pat
 
 def read(root: Path, **settings: str) -> list[SourceItem]:
     dataset = DatasetConfig(layout="folder", path=str(root), **settings)
-    return read_sources(DataConfig(datasets={"robots": dataset}))
+    return read_sources(DataConfig(datasets={"robots": dataset})).items
 
 
 def error_of(root: Path, **settings: str) -> str:
@@ -36,7 +36,7 @@ def error_of(root: Path, **settings: str) -> str:
 def test_videos_meet_their_captions_in_sorted_order(tmp_path: Path) -> None:
     make(tmp_path, ["b.mp4", "a.webm", "day 2/c.MOV"], {"a": " one\n", "b": "\ufefftwo", "c": "三"})
     items = read(tmp_path, prompt_prefix="Robot: ")
-    assert [(item.name, item.caption) for item in items] == [
+    assert [(item.name, item.captions[""]) for item in items] == [
         ("a", "Robot: one"),
         ("b", "Robot: two"),
         ("c", "Robot: 三"),
@@ -55,7 +55,7 @@ def test_hidden_files_and_other_kinds_are_not_videos(tmp_path: Path) -> None:
 def test_one_prompt_for_all_needs_no_captions(tmp_path: Path) -> None:
     make(tmp_path, ["a.mp4", "b.mp4"], {})
     (tmp_path / "metas").rmdir()
-    assert [item.caption for item in read(tmp_path, prompt="A teal robot.")] == ["A teal robot."] * 2
+    assert [item.captions[""] for item in read(tmp_path, prompt="A teal robot.")] == ["A teal robot."] * 2
     assert "robots.prompt is empty" in error_of(tmp_path, prompt=" ")
 
 

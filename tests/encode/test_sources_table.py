@@ -20,7 +20,7 @@ def root(tmp_path: Path) -> Path:
 
 def read(table: Path, **settings: str) -> list[SourceItem]:
     dataset = DatasetConfig(layout="table", path=str(table), **settings)
-    return read_sources(DataConfig(datasets={"gr1": dataset}))
+    return read_sources(DataConfig(datasets={"gr1": dataset})).items
 
 
 def error_of(table: Path, **settings: str) -> str:
@@ -39,7 +39,7 @@ def csv_of(root: Path, text: str | bytes) -> Path:
 
 
 def captions(items: list[SourceItem]) -> list[str]:
-    return [item.caption for item in items]
+    return [item.captions[""] for item in items]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
@@ -65,12 +65,12 @@ def test_all_kinds_of_table_give_the_same_items(root: Path, kind: str) -> None:
             dataset="gr1",
             name="a",
             video=root / "a.mp4",
-            caption='P. Say "hi", then\nleave',
+            captions={"": 'P. Say "hi", then\nleave'},
             start=1.5,
             end=4.0,
         ),
-        SourceItem(dataset="gr1", name=str(root / "b"), video=root / "b.mp4", caption="P. 二"),
-        SourceItem(dataset="gr1", name="clips/c", video=root / "clips/c.mp4", caption="P. three", end=2.0),
+        SourceItem(dataset="gr1", name=str(root / "b"), video=root / "b.mp4", captions={"": "P. 二"}),
+        SourceItem(dataset="gr1", name="clips/c", video=root / "clips/c.mp4", captions={"": "P. three"}, end=2.0),
     ]
 
 
@@ -78,7 +78,7 @@ def test_column_names_can_be_chosen(root: Path) -> None:
     table = csv_of(root, "file,text,from,to\na.mp4,one,1,2\n")
     names = {"video_column": "file", "caption_column": "text", "start_column": "from", "end_column": "to"}
     (item,) = read(table, **names)
-    assert (item.caption, item.start, item.end) == ("one", 1.0, 2.0)
+    assert (item.captions[""], item.start, item.end) == ("one", 1.0, 2.0)
 
 
 def test_csv_survives_marks_and_white_space(root: Path) -> None:

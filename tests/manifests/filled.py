@@ -53,7 +53,7 @@ def samples_table(videos: Sequence[str], starts: Sequence[int] = (0,), *, datase
             row = latents_row(video, start)
             row |= {"dataset": dataset, "latents_key": row["key"], "caption": caption}
             row |= {"context_key": context_row(caption)["key"]}
-            rows.append({name: row[name] for name in SAMPLE_COLUMNS})
+            rows.append({name: row.get(name) for name in SAMPLE_COLUMNS})
     return pa.Table.from_pylist(rows, schema=pa.schema([SNAPSHOT.field(name) for name in SAMPLE_COLUMNS]))
 
 

@@ -53,7 +53,7 @@ def test_samples_are_sorted_located_and_readable(tmp_path):
     for index in range(snapshot.num_samples):
         sample = snapshot.sample(index)
         assert read_payload(cache.store, sample.latents)
-        assert read_payload(cache.store, sample.context)
+        assert read_payload(cache.store, sample.contexts[""])
         assert sample.latents_shape == (4, 2, 3, 5)
     assert read_payload(cache.store, snapshot.null_context)
 

@@ -12,7 +12,7 @@ from manifests.cache import Cache
 from manifests.commit import commit_shard
 from manifests.config import ModelConfig
 from manifests.fingerprint import component_folder, weights_digest
-from manifests.keys import digest
+from manifests.keys import captions_key, digest
 from manifests.schema import SNAPSHOT
 from manifests.shards import Entry
 from manifests.snapshot import Snapshot, build_snapshot
@@ -27,11 +27,14 @@ def make_snapshot(
     *,
     shapes: tuple[tuple[int, ...], ...] = (SHAPE,) * 6,
     poisoned: int | None = None,
+    datasets: tuple[str, ...] = (),
+    captions: tuple[str, ...] = (),
     **parts: object,
 ) -> Snapshot:
     """Encode nothing: write random latents of the given shapes and a context each, and freeze them.
 
-    poisoned: index of a sample whose latents hold a NaN. parts: fingerprint parts to replace.
+    poisoned: index of a sample whose latents hold a NaN. datasets: of each sample; default `test`. captions: names of
+    the captions each sample has, with a context each; default one without a name. parts: fingerprint parts to replace.
     """
     cache = Cache(str(folder), create=True)
     generator = torch.Generator().manual_seed(7)
@@ -41,7 +44,8 @@ def make_snapshot(
         if index == poisoned:
             values[0, 0, 0, 0] = torch.nan
         latents[digest(["latents", index])] = values
-        contexts[digest(["context", index])] = torch.randn(CONTEXT, generator=generator)
+        for name in captions or ("",):
+            contexts[_context(index, name)] = torch.randn(CONTEXT, generator=generator)
     null_key = digest(["context", None])
     contexts[null_key] = torch.randn(CONTEXT, generator=generator)
     for kind, tensors in (("latents", latents), ("context", contexts)):
@@ -55,10 +59,14 @@ def make_snapshot(
             footer={},
         )
     columns = SNAPSHOT.names[1 : SNAPSHOT.names.index("latents_shape")]
-    rows = [
-        dict.fromkeys(columns) | {"dataset": "test", "latents_key": a, "context_key": b, "source": f"{i}.mp4"}
-        for i, (a, b) in enumerate(zip(latents, contexts, strict=False))
-    ]
+    rows = []
+    for index, key in enumerate(latents):
+        own = {name: _context(index, name) for name in captions or ("",)}
+        named = captions_key(own) if captions else None
+        for name, context in own.items():
+            row = {"dataset": datasets[index] if datasets else "test", "latents_key": key, "context_key": context}
+            row |= {"source": f"{index}.mp4", "caption_name": name or None, "captions_key": named}
+            rows.append(dict.fromkeys(columns) | row)
     snapshot, _ = build_snapshot(
         cache,
         pa.Table.from_pylist(rows, schema=pa.schema([SNAPSHOT.field(name) for name in columns])),
@@ -68,6 +76,10 @@ def make_snapshot(
         negative_keys={},
     )
     return snapshot
+
+
+def _context(index: int, name: str) -> str:
+    return digest(["context", index, name]) if name else digest(["context", index])
 
 
 def fingerprints(checkpoint: Path, **parts: object) -> dict[str, dict]:
