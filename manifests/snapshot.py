@@ -56,6 +56,7 @@ class Snapshot:
     def __init__(self, snapshot_hash: str, table: pa.Table, footer: Mapping[str, Any]) -> None:
         self.hash = snapshot_hash
         self.table = table
+        self._footer = footer
         self.fingerprints: dict[str, dict[str, Any]] = footer["fingerprints"]
         self.null_context = Location(**footer["null_context"])
         self.negative_contexts = {
@@ -73,6 +74,15 @@ class Snapshot:
         for shape in self.table["latents_shape"].to_pylist():
             counts[tuple(shape)] = counts.get(tuple(shape), 0) + 1
         return counts
+
+    def part(self, rows: Any) -> Snapshot:
+        """Return the snapshot of some of these samples, in the same order; nothing is written.
+
+        rows: their indices, ascending, or a mask.
+        """
+        chosen = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows)
+        table = self.table.take(pa.array(chosen, pa.int64()))
+        return Snapshot(hash_rows(table), table, self._footer)
 
     def sample(self, index: int) -> Sample:
         row = self.table.slice(index, 1).to_pylist()[0]

@@ -17,7 +17,7 @@ from manifests.cache import Cache
 from manifests.errors import UsageError
 from manifests.filters import matching
 from manifests.schema import SNAPSHOT, snapshot_path
-from manifests.snapshot import check_name, load_snapshot, write_snapshot
+from manifests.snapshot import Snapshot, check_name, load_snapshot, write_snapshot
 from manifests.tables import read_table
 
 
@@ -69,6 +69,21 @@ def make_subsets(
         Subset(part, write_snapshot(cache.store, rows, footer, part), len(rows), len(rows["source_hash"].unique()))
         for part, rows in written.items()
     ]
+
+
+def hold_out(snapshot: Snapshot, share: float) -> tuple[Snapshot, Snapshot]:
+    """Split a snapshot in memory: (the rest, the samples of a `share` of the videos).
+
+    The same videos as in the first part of `make_subsets` with that share. Raises `UsageError` if one would be empty.
+    """
+    held = _places(snapshot.table["source_hash"]) < share
+    if held.all() or not held.any():
+        videos = len(snapshot.table["source_hash"].unique())
+        raise UsageError(
+            f"a share of {share:g} of the {videos} videos of snapshot {snapshot.hash[:12]} is all or none of them, by "
+            "their hashes; change it"
+        )
+    return snapshot.part(~held), snapshot.part(held)
 
 
 def _places(source_hashes: pa.ChunkedArray) -> np.ndarray:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from train.dit import accelerate, block_inputs, flops_per_sample
 
 __all__ = [
     "DEFAULT_TARGETS",
+    "NVIDIA_NAMES",
     "Draw",
     "attention_shape",
     "base_digest",
@@ -43,10 +46,24 @@ __all__ = [
     "loss",
     "normalise",
     "num_tokens",
+    "sigma_at",
 ]
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 """The linear layers diffusers' recipe adapts: self- and cross-attention, and the MLP."""
+
+NVIDIA_NAMES = (
+    ("transformer_blocks", "blocks"), ("attn1", "self_attn"), ("attn2", "cross_attn"),
+    ("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out.0", "output_proj"),
+    ("norm_q", "q_norm"), ("norm_k", "k_norm"), ("ff.net.0.proj", "mlp.layer1"), ("ff.net.2", "mlp.layer2"),
+    ("norm1.linear_1", "adaln_modulation_self_attn.1"), ("norm1.linear_2", "adaln_modulation_self_attn.2"),
+    ("norm2.linear_1", "adaln_modulation_cross_attn.1"), ("norm2.linear_2", "adaln_modulation_cross_attn.2"),
+    ("norm3.linear_1", "adaln_modulation_mlp.1"), ("norm3.linear_2", "adaln_modulation_mlp.2"),
+    ("patch_embed.proj", "x_embedder.proj.1"), ("time_embed.t_embedder", "t_embedder.1"),
+    ("time_embed.norm", "t_embedding_norm"), ("norm_out.linear_1", "final_layer.adaln_modulation.1"),
+    ("norm_out.linear_2", "final_layer.adaln_modulation.2"), ("proj_out", "final_layer.linear"),
+)  # fmt: skip
+"""(diffusers' parts of a name, NVIDIA's)."""
 
 _PROJECTION = "crossattn_proj"
 
@@ -207,6 +224,12 @@ def draw(seed: int, epoch: int, sample_id: str, shape: tuple[int, ...], objectiv
         num_conditioning=_pick(objective.conditioning, conditioning),
         drop_text=dropout < objective.text_dropout,
     )
+
+
+def sigma_at(quantile: float, objective: ObjectiveConfig) -> float:
+    """Return the sigma below which `draw` stays with probability `quantile`, in (0, 1)."""
+    time = 1 / (1 + math.exp(-NormalDist().inv_cdf(quantile)))
+    return objective.shift * time / (1 + (objective.shift - 1) * time)
 
 
 def _pick(probabilities: Mapping[int, float], uniform: float) -> int:

@@ -27,11 +27,12 @@ def make_snapshot(
     *,
     shapes: tuple[tuple[int, ...], ...] = (SHAPE,) * 6,
     poisoned: int | None = None,
+    context: tuple[int, ...] = CONTEXT,
     **parts: object,
 ) -> Snapshot:
     """Encode nothing: write random latents of the given shapes and a context each, and freeze them.
 
-    poisoned: index of a sample whose latents hold a NaN. parts: fingerprint parts to replace.
+    poisoned: index of a sample whose latents hold a NaN. context: shape of each context. parts: fingerprint parts to replace.
     """
     cache = Cache(str(folder), create=True)
     generator = torch.Generator().manual_seed(7)
@@ -41,9 +42,9 @@ def make_snapshot(
         if index == poisoned:
             values[0, 0, 0, 0] = torch.nan
         latents[digest(["latents", index])] = values
-        contexts[digest(["context", index])] = torch.randn(CONTEXT, generator=generator)
+        contexts[digest(["context", index])] = torch.randn(context, generator=generator)
     null_key = digest(["context", None])
-    contexts[null_key] = torch.randn(CONTEXT, generator=generator)
+    contexts[null_key] = torch.randn(context, generator=generator)
     for kind, tensors in (("latents", latents), ("context", contexts)):
         commit_shard(
             cache.store,
@@ -56,7 +57,14 @@ def make_snapshot(
         )
     columns = SNAPSHOT.names[1 : SNAPSHOT.names.index("latents_shape")]
     rows = [
-        dict.fromkeys(columns) | {"dataset": "test", "latents_key": a, "context_key": b, "source": f"{i}.mp4"}
+        dict.fromkeys(columns)
+        | {
+            "dataset": "test",
+            "latents_key": a,
+            "context_key": b,
+            "source": f"{i}.mp4",
+            "source_hash": digest(["video", i]),
+        }
         for i, (a, b) in enumerate(zip(latents, contexts, strict=False))
     ]
     snapshot, _ = build_snapshot(
