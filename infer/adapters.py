@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from infer.config import AdapterConfig
+from infer.trained import is_trained_only
 from manifests.errors import LatentlineError, UsageError
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -59,7 +60,8 @@ def check_adapters(adapters: Mapping[str, AdapterConfig]) -> None:
     for name, adapter in adapters.items():
         if not name.isidentifier():
             raise UsageError(f"infer.adapters.{name}: name an adapter with letters, digits and underscores")
-        find_adapter(Path(adapter.path))
+        if not is_trained_only(adapter):
+            find_adapter(Path(adapter.path))
 
 
 def find_adapter(path: Path) -> Path:

@@ -41,12 +41,14 @@ def denoise(
     generator: torch.Generator,
     conditioning_timestep: float,
     on_step: Callable[[], None],
+    together: bool | None = None,
 ) -> Tensor:
     """Sample normalised latents [1, C, T, H / 8, W / 8], float32.
 
     contexts_1LD: of the prompt and, where guidance is on, of the negative prompt; projected if the model projects.
     condition_BCTHW: 4k + 1 clean frames in [-1, 1] that the video begins with, or None. conditioning_timestep: of
-    those frames, negative for that of the others. generator: of the initial noise.
+    those frames, negative for that of the others. generator: of the initial noise. together: the prompt and the
+    negative prompt as one batch; None: where memory allows it.
     """
     transformer, scheduler = pipe.transformer, pipe.scheduler
     device, dtype = contexts_1LD[0].device, transformer.dtype
@@ -67,7 +69,9 @@ def denoise(
     clean_velocity = (latents - clean) * mask
     padding_mask = latents.new_zeros(1, 1, height, width, dtype=dtype)
     contexts_BLD = torch.cat(list(contexts_1LD))
-    batch_size = len(contexts_BLD) if _fits(transformer, len(contexts_BLD), latents) else 1
+    if together is None:
+        together = _fits(transformer, len(contexts_BLD), latents)
+    batch_size = len(contexts_BLD) if together else 1
 
     def predict(noisy: Tensor, timestep: Tensor, contexts: Tensor) -> Tensor:
         copies = len(contexts)

@@ -24,6 +24,7 @@ from infer.adapters import check_adapters, load_adapters
 from infer.config import InferConfig
 from infer.inputs import Request
 from infer.progress import VideoProgress
+from infer.trained import load_trained_weights
 from infer.video import Frames, contact_sheet, spread_frames, write_mp4
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
@@ -84,7 +85,7 @@ def generate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
     pipe = family.load_pipeline(model, dtype=dtype, device=device, guardrail=guardrail)
-    load_adapters(pipe, config.adapters, fuse=config.fuse)
+    load_adapters(pipe, load_trained_weights(pipe, config.adapters), fuse=config.fuse)
     for prompt in {request.prompt for request in requests}:
         family.check_prompt(pipe, prompt)
     output.mkdir(parents=True, exist_ok=True)

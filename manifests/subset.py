@@ -76,12 +76,16 @@ def hold_out(snapshot: Snapshot, share: float) -> tuple[Snapshot, Snapshot]:
 
     The same videos as in the first part of `make_subsets` with that share. Raises `UsageError` if one would be empty.
     """
-    held = _places(snapshot.table["source_hash"]) < share
+    places = _places(snapshot.table["source_hash"])
+    held = places < share
     if held.all() or not held.any():
-        videos = len(snapshot.table["source_hash"].unique())
+        videos = len(np.unique(places))
+        change = (
+            f"give more than {places.min():.4f} and at most {places.max():.4f}" if videos > 1 else "there is but one"
+        )
         raise UsageError(
-            f"a share of {share:g} of the {videos} videos of snapshot {snapshot.hash[:12]} is all or none of them, by "
-            "their hashes; change it"
+            f"a share of {share:g} is all or none of the {videos} videos of snapshot {snapshot.hash[:12]}, by their "
+            f"hashes; {change}"
         )
     return snapshot.part(~held), snapshot.part(held)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from manifests.errors import LatentlineError, UsageError
+from manifests.errors import EXIT_DONE, LatentlineError, UsageError
 from pipeline.cache_cli import cache_app
 from pipeline.launch import is_first_to_say
 from pipeline.options import DryRunOption, JsonOption, RecipeArgument, SetOption
@@ -87,6 +87,10 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Write a trace of steps 4 to 6 to OUTPUT/profile.")
     ] = False,
+    overfit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Check that N samples can be learnt by heart; exit code 1 if not."),
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -102,12 +106,20 @@ def train(
             settings = [part for override in overrides or () for part in ("--set", override)]
             arguments = ["train", recipe, *settings, *(["--json"] if as_json else [])]
             arguments += ["--profile"] if profile else []
+            arguments += ["--overfit", str(overfit)] if overfit is not None else []
             raise typer.Exit(launch(arguments, ranks=ranks, node=parse_node(node) if node else None))
     from pipeline.stages import train_stage
 
-    result = train_stage(loaded, dry_run=dry_run, profile=profile)
+    code = EXIT_DONE
+    if overfit is None:
+        result = train_stage(loaded, dry_run=dry_run, profile=profile)
+    else:
+        from pipeline.overfit import overfit_stage
+
+        result, code = overfit_stage(loaded, overfit, dry_run=dry_run)
     if int(os.environ.get("RANK", "0")) == 0:
         emit(result, as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command()

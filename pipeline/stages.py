@@ -18,10 +18,10 @@ from encode.worker import ShardReport
 from infer.config import AdapterConfig
 from manifests.cache import Cache
 from manifests.errors import EXIT_DONE, EXIT_QUARANTINED, UsageError
-from manifests.family import find_family
 from manifests.local_cache import CachedStore
 from manifests.schema import KINDS
 from manifests.snapshot import load_snapshot
+from manifests.store import Store
 from pipeline.array import array_expression, array_tasks, missing_tasks, plan_array
 from pipeline.recipe import Recipe, resolved, write_resolved
 from pipeline.report import human_bytes, log, progress_bar, quiet_libraries, track
@@ -116,26 +116,34 @@ def array_stage(recipe: Recipe, *, tasks: int | None, retry_quarantined: bool = 
 def train_stage(recipe: Recipe, *, dry_run: bool = False, profile: bool = False) -> dict[str, Any]:
     """Train on the recipe's snapshot, or with `dry_run` describe what would be trained. Nothing is written before
     model and snapshot are known to fit."""
-    from train.metrics import check_trackers
-    from train.model import describe
+    from pipeline.samples import SampleVideos
+    from train.model import check, describe
     from train.trainer import train
+    from train.validate import split
 
     quiet_libraries()
     store = Cache(recipe.encode.cache).store
     snapshot = load_snapshot(store, recipe.train.snapshot or recipe.encode.snapshot)
+    training, held_out = split(snapshot, recipe.train.validation, store)
     if dry_run:
-        return _train_dry_run(describe(recipe.model, recipe.train, snapshot))
-    family = find_family("train", recipe.model)
-    check_trackers(recipe.train.track)
-    family.check_snapshot(snapshot, recipe.model)
-    family.check_objective(recipe.train.objective, snapshot.shapes)
-    family.check_context_parallel(recipe.train.context_parallel, recipe.model, snapshot.shapes)
+        described = _train_dry_run(describe(recipe.model, recipe.train, training))
+        return {**described, "held_out": 0 if held_out is None else held_out.num_samples}
+    check(recipe.model, recipe.train, training)
+    make_samples = None
+    if recipe.train.samples.every:
+        make_samples = SampleVideos(recipe, held_out or training, store)
+    store = prepare_output(recipe, store)
+    result = train(recipe.model, recipe.train, snapshot, store, make_samples=make_samples, profile=profile)
+    return {**asdict(result), "snapshot": snapshot.hash}
+
+
+def prepare_output(recipe: Recipe, store: Store) -> Store:
+    """Write the recipe beside the run, and return the store to train from."""
     if int(os.environ.get("RANK", "0")) == 0:
         write_resolved(recipe, Path(recipe.train.output))
     if recipe.train.local_cache is not None:
-        store = CachedStore(store.url, recipe.train.local_cache, int(recipe.train.local_cache_gb * 1e9))
-    result = train(recipe.model, recipe.train, snapshot, store, profile=profile)
-    return {**asdict(result), "snapshot": snapshot.hash}
+        return CachedStore(store.url, recipe.train.local_cache, int(recipe.train.local_cache_gb * 1e9))
+    return store
 
 
 def infer_stage(

@@ -32,7 +32,8 @@ def make_snapshot(
 ) -> Snapshot:
     """Encode nothing: write random latents of the given shapes and a context each, and freeze them.
 
-    poisoned: index of a sample whose latents hold a NaN. context: shape of each context. parts: fingerprint parts to replace.
+    poisoned: index of a sample whose latents hold a NaN. context: shape of each context. parts: fingerprint parts to
+    replace.
     """
     cache = Cache(str(folder), create=True)
     generator = torch.Generator().manual_seed(7)

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from diffusers import CosmosTransformer3DModel
+from safetensors.torch import load_file
 
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
@@ -252,9 +253,11 @@ def test_a_run_of_any_method_resumes_bit_by_bit(world, tmp_path, changes, files)
         train(world[0], settings, *world[1:], on_checkpoint=kill)
     again = train(world[0], settings, *world[1:])
     assert again.resumed_from == 2
-    found = {path.name: path.read_bytes() for path in again.adapter.parent.iterdir()}
-    assert found == {path.name: path.read_bytes() for path in whole.adapter.parent.iterdir()}
-    assert set(found) == files
+    found, expected = ({path.name: load_file(path) for path in r.adapter.parent.iterdir()} for r in (again, whole))
+    assert set(found) == set(expected) == files
+    for name, tensors in found.items():
+        assert tensors.keys() == expected[name].keys()
+        assert all(torch.equal(tensor, expected[name][key]) for key, tensor in tensors.items())
     ends = [[record["loss"] for record in read_metrics(tmp_path / name)] for name in ("whole", "killed")]
     assert ends[0] == ends[1]
 
@@ -271,8 +274,6 @@ def test_raw_contexts_train_the_projection(tiny_checkpoint, tmp_path):
     model = ModelConfig(path=str(tiny_checkpoint))
     result = train(model, run_config(tmp_path / "run", method="full"), snapshot, Store(str(tmp_path / "cache")))
     before = CosmosTransformer3DModel.from_pretrained(tiny_checkpoint, subfolder="transformer").state_dict()
-    from safetensors.torch import load_file
-
     after = load_file(result.adapter)
     assert set(after) == set(before)
     assert not torch.equal(after["crossattn_proj.0.weight"], before["crossattn_proj.0.weight"])
