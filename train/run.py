@@ -144,7 +144,7 @@ class Run:
                         epoch = step * self.config.batch_size / self.snapshot.num_samples
                         record = {"step": step, "epoch": epoch, **values, **self.speed(meter)}
                         meter.pause(self.look(step, record, metrics, shown))
-                    meter.pause(self.show_samples(step, metrics))
+                    meter.pause(self.show_samples(step, metrics, shown))
                     self.maybe_checkpoint(step)
         finally:
             if metrics is not None:
@@ -244,7 +244,7 @@ class Run:
                 shown.show(record)
         return seconds
 
-    def show_samples(self, step: int, metrics: Metrics | None) -> float:
+    def show_samples(self, step: int, metrics: Metrics | None, shown: TrainProgress) -> float:
         """Make sample videos if it is time; every rank enters. Return the seconds they took."""
         if self.make_samples is None or not self.is_due(step, self.config.samples.every):
             return 0.0
@@ -255,6 +255,7 @@ class Run:
         self.transformer.train()
         if metrics is not None and picture is not None:
             metrics.picture(step, "samples", picture)
+            shown.say(f"step {step}: sample videos in {picture.parent}")
         return perf_counter() - started
 
     def averaged(self) -> AbstractContextManager[None]:

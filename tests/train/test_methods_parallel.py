@@ -82,8 +82,8 @@ def runs(tmp_path_factory, tiny_checkpoint):
     alone("both1", **BOTH)
     torchrun(
         3,
-        [job("full3", **FULL), job("full-shard3", **FULL, parallel="shard"), job("both-shard3", **BOTH, parallel="shard"),
-         job("both-context3", **BOTH, context_parallel=3),
+        [job("full3", **FULL), job("full-shard3", **FULL, parallel="shard"),
+         job("both-shard3", **BOTH, parallel="shard"), job("both-context3", **BOTH, context_parallel=3),
          job("moving", **FULL, context_parallel=3, parallel="shard") | {"stop_at": 2}],
         folder,
     )  # fmt: skip
