@@ -131,26 +131,29 @@ class State:
     optimizer: dict[str, torch.Tensor]
 
 
-def collect_weights(transformer: torch.nn.Module) -> Weights:
-    """Copy the trained tensors to host memory, whole; every rank must enter."""
+def collect_weights(transformer: torch.nn.Module, *, keep: bool = True) -> Weights:
+    """Copy the trained tensors to host memory, whole; every rank must enter, those that do not `keep` get nothing."""
     lora = has_adapter(transformer)
     return Weights(
-        adapter_state(transformer) if lora else None,
+        (adapter_state(transformer) if keep else {}) if lora else None,
         adapter_metadata(transformer) if lora else {},
-        {name: to_host(parameter) for name, parameter in stored_parameters(transformer).items()},
+        to_host(stored_parameters(transformer), keep=keep),
     )
 
 
-def collect(transformer: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> State:
-    """Copy the state to host memory, whole; every rank must enter."""
+def collect(
+    transformer: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None, *, keep: bool = True
+) -> State:
+    """Copy the state to host memory, whole; every rank must enter, those that do not `keep` get nothing."""
+    optimizer_tensors = {
+        f"{name}/{part}": tensor
+        for name, parameter in trained_parameters(transformer).items()
+        for part, tensor in optimizer.state[parameter].items()
+    }
     return State(
-        collect_weights(transformer),
-        None if ema is None else ema.to_host(),
-        {
-            f"{name}/{part}": to_host(tensor)
-            for name, parameter in trained_parameters(transformer).items()
-            for part, tensor in optimizer.state[parameter].items()
-        },
+        collect_weights(transformer, keep=keep),
+        None if ema is None else ema.to_host(keep=keep),
+        to_host(optimizer_tensors, keep=keep),
     )
 
 

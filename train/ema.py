@@ -55,9 +55,9 @@ class Ema:
         finally:
             self._swap()
 
-    def to_host(self) -> dict[str, Tensor]:
-        """Whole copies on the CPU; all ranks must ask."""
-        return {name: to_host(average) for name, average in self.averages.items()}
+    def to_host(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Whole copies on the CPU; all ranks must ask, those that do not `keep` get nothing."""
+        return to_host(self.averages, keep=keep)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ weights of the base are cast by autocast, or by FSDP as it gathers them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from manifests.errors import UsageError
 from train.adapters import add_adapter
 from train.config import TrainConfig
 from train.names import matching, resolve_targets
+from train.parallel import Ranks
 from train.temporal import ADAPTER, add_temporal_adapters
 from train.trained import is_added, parameter_names, trained_parameters
 
@@ -66,6 +68,17 @@ def computing(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> 
     if dtype == torch.float32 or not trains_base(config):
         return nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def seed_dropout(config: TrainConfig, position: int, ranks: Ranks) -> None:
+    """Make adapter dropout a function of the position in the order, so that it survives a resume.
+
+    Ranks that share the sample draw for tokens of their own.
+    """
+    if config.lora.dropout > 0:
+        part = ranks.context.rank if ranks.context else 0
+        name = hashlib.sha256(f"dropout/{config.seed}/{position}/{part}".encode()).digest()
+        torch.manual_seed(int.from_bytes(name[:8], "little", signed=True))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +26,7 @@ from train.context_parallel import sharing
 from train.ema import Ema
 from train.flops import throughput
 from train.loader import Loader, MicroBatch
-from train.methods import computing
+from train.methods import computing, seed_dropout
 from train.metrics import Meter, Metrics
 from train.model import DTYPES, build
 from train.parallel import Ranks
@@ -214,7 +213,7 @@ class Run:
         shared = torch.zeros(size + 1, device=self.ranks.device)
         for micro_batch in micro_batches:
             slot = micro_batch.slot
-            self.seed_dropout(slot.positions[0])
+            seed_dropout(self.config, slot.positions[0], self.ranks)
             with sharing(self.ranks.context):
                 with computing(self.config, self.dtype, self.ranks.device):
                     losses_B = self.family.loss(self.transformer, micro_batch.inputs, self.config.objective)
@@ -266,7 +265,8 @@ class Run:
         """Save a checkpoint if one is due or a stop was asked for; then leave if it was."""
         config = self.config
         if self.is_due(step, config.checkpoint_every) or self.stopping:
-            state = checkpoint.collect(self.transformer, self.optimizer, self.ema)
+            self.saver.finish()  # before the next copy is made: one at a time in host memory
+            state = checkpoint.collect(self.transformer, self.optimizer, self.ema, keep=self.ranks.is_main)
             if self.ranks.is_main:
                 self.saver.save(Progress(step, step * config.batch_size), state)
                 if step == config.steps or self.stopping:
@@ -279,11 +279,12 @@ class Run:
 
     def export(self) -> tuple[Path, Path | None]:
         """Write what was trained, and its average; every rank enters. Return the file of each."""
-        adapter = self._write(checkpoint.collect_weights(self.transformer), ADAPTER_FOLDER)
+        keep = self.ranks.is_main
+        adapter = self._write(checkpoint.collect_weights(self.transformer, keep=keep), ADAPTER_FOLDER)
         ema = None
         if self.ema is not None:
             with self.ema.applied():
-                weights = checkpoint.collect_weights(self.transformer)
+                weights = checkpoint.collect_weights(self.transformer, keep=keep)
             ema = self._write(weights, EMA_FOLDER)
         parallel.barrier(self.ranks)
         return adapter, ema
@@ -292,16 +293,6 @@ class Run:
         if self.ranks.is_main:
             weights.write(self.output / name)
         return self.output / name / weights.file_name
-
-    def seed_dropout(self, position: int) -> None:
-        """Make adapter dropout a function of the position in the order, so that it survives a resume.
-
-        Ranks that share the sample draw for tokens of their own.
-        """
-        if self.config.lora.dropout > 0:
-            part = self.ranks.context.rank if self.ranks.context else 0
-            name = hashlib.sha256(f"dropout/{self.config.seed}/{position}/{part}".encode()).digest()
-            torch.manual_seed(int.from_bytes(name[:8], "little", signed=True))
 
     def sample_ids(self, step: int) -> list[str]:
         """Return the ids of a step's samples, in the global order."""

@@ -51,12 +51,19 @@ def stored_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy on the CPU of a whole tensor; all ranks that split it must ask."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.to("cpu", copy=True).contiguous()
+def to_host(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Copies of whole tensors on the CPU, one after the other; all ranks that split them must ask.
+
+    keep: False on a rank that only takes part; it gets nothing, and its host memory is left alone.
+    """
+    copies = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if keep:
+            copies[name] = tensor.to("cpu", copy=True).contiguous()
+    return copies
 
 
 def split_like(tensor: Tensor, parameter: Tensor) -> Tensor:
