@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from infer.config import AdapterConfig
+from infer.trained import check_trained_weights, is_trained_only
 from manifests.errors import LatentlineError, UsageError
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -68,7 +69,9 @@ def check_adapters(adapters: Mapping[str, AdapterConfig], *, fuse: bool = False)
             raise UsageError(
                 f"infer.adapters.{name}: a fused adapter works at every sigma; drop its range or infer.fuse"
             )
-        find_adapter(Path(adapter.path))
+        if not is_trained_only(adapter):
+            find_adapter(Path(adapter.path))
+    check_trained_weights(adapters)
 
 
 def find_adapter(path: Path) -> Path:

@@ -8,7 +8,7 @@ load_pipeline, check_prompt, encode_prompt, release_text, generate_frames. The p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,10 @@ __all__ = [
     "encode_prompt",
     "generate_frames",
     "latent_frames_of",
+    "load_decoder",
     "load_pipeline",
     "num_tokens",
+    "preview",
     "release_text",
     "require_guardrail",
 ]
@@ -225,6 +227,63 @@ def generate_frames(
     if isinstance(pipe.safety_checker, NoGuardrail):
         return (video_THWC * 255.0).round().astype(np.uint8)
     return pipe.safety_checker.to(pipe.vae.device).check_video_safety((video_THWC * 255.0).astype(np.uint8))
+
+
+def load_decoder(model: ModelConfig, *, dtype: torch.dtype) -> Cosmos2_5_PredictBasePipeline:
+    """The pipeline without transformer, text encoder and guardrail, on the CPU, for `preview`."""
+    _check_checkpoint(model)
+    absent = dict.fromkeys(("transformer", "text_encoder", "tokenizer"))
+    with _quiet_about("safety_checker"):
+        pipe = Cosmos2_5_PredictBasePipeline.from_pretrained(
+            model.path, revision=model.revision, safety_checker=NoGuardrail(), dtype=dtype, **absent
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def preview(
+    pipe: Any,
+    transformer: torch.nn.Module,
+    contexts: Sequence[Tensor],
+    latents_CTHW: Tensor,
+    *,
+    image: bool,
+    num_steps: int,
+    guidance: float,
+    seed: int,
+    conditioning_timestep: float,
+) -> tuple[Frames, Frames]:
+    """(a sample's own video, one made from its text): uint8 [num_frames, H, W, 3] each.
+
+    pipe: `load_decoder`'s, on the transformer's device. contexts: projected, [1, L, D], of the text and, where guidance
+    is on, of the negative prompt. latents_CTHW: of the sample, normalised. image: begin with its first frame. The
+    transformer runs once for each step and context, so that ranks which split its weights stay in step.
+    """
+    latents_BCTHW = latents_CTHW.unsqueeze(0).to(pipe.vae.device)
+    num_frames = FRAME_STRIDE * (latents_BCTHW.shape[2] - 1) + 1
+    own_THWC = decode(pipe, latents_BCTHW, num_frames)
+    condition_BCTHW = None
+    if image and latents_BCTHW.shape[2] > 1:
+        first = torch.from_numpy(own_THWC[:1]).permute(3, 0, 1, 2).unsqueeze(0) * 2 - 1
+        condition_BCTHW = first.to(pipe.vae.device, pipe.vae.dtype)
+    pipe.transformer = transformer
+    made_BCTHW = denoise(
+        pipe,
+        [context.to(pipe.vae.device) for context in contexts],
+        condition_BCTHW=condition_BCTHW,
+        height=own_THWC.shape[1],
+        width=own_THWC.shape[2],
+        num_frames=num_frames,
+        num_steps=num_steps,
+        guidance=guidance,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        conditioning_timestep=conditioning_timestep,
+        on_step=lambda: None,
+        together=False,
+    )
+    pipe.transformer = None
+    own, made = (np.nan_to_num(video) for video in (own_THWC, decode(pipe, made_BCTHW, num_frames)))
+    return (own * 255.0).round().astype(np.uint8), (made * 255.0).round().astype(np.uint8)
 
 
 def _check_checkpoint(model: ModelConfig) -> None:

@@ -46,6 +46,7 @@ def denoise(
     on_sigma: Callable[[float], None] | None = None,
     guidance_ranks: Context | None = None,
     context_ranks: Context | None = None,
+    together: bool | None = None,
 ) -> Tensor:
     """Sample normalised latents [1, C, T, H / 8, W / 8], float32.
 
@@ -53,7 +54,8 @@ def denoise(
     condition_BCTHW: 4k + 1 clean frames in [-1, 1] that the video begins with, or None. conditioning_timestep: of
     those frames, negative for that of the others. generator: of the initial noise. on_sigma: called with a step's
     sigma before its predictions. guidance_ranks: two ranks that predict for one prompt each. context_ranks: ranks that
-    share the tokens of each prediction. All ranks call this with the same values and return the same latents.
+    share the tokens of each prediction. All ranks call this with the same values and return the same latents. together:
+    the prompt and the negative prompt as one batch; None: where memory allows it.
     """
     transformer, scheduler = pipe.transformer, pipe.scheduler
     device, dtype = contexts_1LD[0].device, transformer.dtype
@@ -77,7 +79,9 @@ def denoise(
     is_split = guidance_ranks is not None and len(contexts_BLD) > 1
     if guidance_ranks is not None and is_split:
         contexts_BLD = contexts_BLD[guidance_ranks.rank, None]
-    batch_size = len(contexts_BLD) if _fits(transformer, len(contexts_BLD), latents) else 1
+    if together is None:
+        together = _fits(transformer, len(contexts_BLD), latents)
+    batch_size = len(contexts_BLD) if together else 1
 
     def predict(noisy: Tensor, timestep: Tensor, contexts: Tensor) -> Tensor:
         copies = len(contexts)

@@ -16,8 +16,9 @@ from typing import Any
 import av
 
 from infer.adapters import find_adapter
-from infer.config import InferConfig
+from infer.config import AdapterConfig, InferConfig
 from infer.request import Request
+from infer.trained import is_trained_only, trained_file
 from manifests.config import ModelConfig
 from manifests.fingerprint import component_folder, files_digest, weights_digest
 from manifests.keys import digest, file_digest
@@ -70,7 +71,7 @@ def fingerprints(
 ) -> dict[str, str]:
     """The fingerprint of each request's video, by name. Weights are read once, then remembered by file."""
     adapters = [
-        [file_digest(find_adapter(Path(adapter.path))), adapter.weight, adapter.sigma_min, adapter.sigma_max]
+        [[file_digest(path) for path in _files(adapter)], adapter.weight, adapter.sigma_min, adapter.sigma_max]
         for _, adapter in sorted(config.adapters.items())
     ]
     shared = [
@@ -113,6 +114,13 @@ def read_records(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
         return {(video["name"], video["fingerprint"]): video for video in videos if video["status"] != "failed"}
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # none yet, or another program's: seconds and scores of videos that are kept stay unknown
+
+
+def _files(adapter: AdapterConfig) -> list[Path]:
+    """All the weights an adapter brings."""
+    trained = trained_file(adapter)
+    own = [] if is_trained_only(adapter) else [find_adapter(Path(adapter.path))]
+    return own + ([trained] if trained else [])
 
 
 def _facts(request: Request) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from infer.ranges import switched_by_sigma
 from infer.request import Request
 from infer.results import Result, comment_of
 from infer.team import Team
+from infer.trained import load_trained_weights
 from infer.video import Frames, video_writer
 from manifests.config import ModelConfig
 from manifests.errors import LatentlineError
@@ -50,7 +51,7 @@ class Studio:
         """Load model and adapters on this rank's device and encode the requests' prompts."""
         family = find_family("infer", model)
         pipe = family.load_pipeline(model, dtype=_DTYPES[config.dtype], device=team.ranks.device, guardrail=guardrail)
-        load_adapters(pipe, config.adapters, fuse=config.fuse)
+        load_adapters(pipe, load_trained_weights(pipe, config.adapters), fuse=config.fuse)
         found = _rejected(family, pipe, requests) if team.is_leader else None
         rejected = json.loads(team.share("rejected", None if found is None else json.dumps(found).encode()))
         texts = dict.fromkeys(text for request in requests for text in _texts(request))

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -62,6 +63,7 @@ class Snapshot:
     def __init__(self, snapshot_hash: str, table: pa.Table, footer: Mapping[str, Any]) -> None:
         self.hash = snapshot_hash
         self.table = table
+        self._footer = footer
         self.fingerprints: dict[str, dict[str, Any]] = footer["fingerprints"]
         self.null_context = Location(**footer["null_context"])
         self.negative_contexts = {
@@ -85,6 +87,17 @@ class Snapshot:
         for shape in self.column("latents_shape").to_pylist():
             counts[tuple(shape)] = counts.get(tuple(shape), 0) + 1
         return counts
+
+    def part(self, samples: npt.ArrayLike) -> Snapshot:
+        """Return the snapshot of some of the samples, in the same order; nothing is written.
+
+        samples: their indices, or a mask over all.
+        """
+        chosen: npt.NDArray[np.bool_] = np.zeros(self.num_samples, dtype=bool)
+        chosen[samples] = True
+        captions = np.diff(self.first_rows, append=len(self.table))
+        table = self.table.filter(pa.array(np.repeat(chosen, captions)))
+        return Snapshot(hash_rows(table), table, self._footer)
 
     def sample(self, index: int) -> Sample:
         if not 0 <= index < self.num_samples:

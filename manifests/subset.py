@@ -17,7 +17,7 @@ from manifests.cache import Cache
 from manifests.errors import UsageError
 from manifests.filters import matching
 from manifests.schema import SNAPSHOT, snapshot_path
-from manifests.snapshot import check_name, load_snapshot, write_snapshot
+from manifests.snapshot import Snapshot, check_name, load_snapshot, write_snapshot
 from manifests.tables import read_table
 
 
@@ -74,6 +74,25 @@ def make_subsets(
         )
         for part, rows in written.items()
     ]
+
+
+def hold_out(snapshot: Snapshot, share: float) -> tuple[Snapshot, Snapshot]:
+    """Split a snapshot in memory: (the rest, the samples of a `share` of the videos).
+
+    The same videos as in the first part of `make_subsets` with that share. Raises `UsageError` if one would be empty.
+    """
+    places = _places(snapshot.column("source_hash"))
+    held = places < share
+    if held.all() or not held.any():
+        videos = len(np.unique(places))
+        change = (
+            f"give more than {places.min():.4f} and at most {places.max():.4f}" if videos > 1 else "there is but one"
+        )
+        raise UsageError(
+            f"a share of {share:g} is all or none of the {videos} videos of snapshot {snapshot.hash[:12]}, by their "
+            f"hashes; {change}"
+        )
+    return snapshot.part(~held), snapshot.part(held)
 
 
 def _places(source_hashes: pa.ChunkedArray) -> np.ndarray:

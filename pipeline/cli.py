@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from manifests.errors import LatentlineError, UsageError
+from manifests.errors import EXIT_DONE, LatentlineError, UsageError
 from pipeline.cache_cli import cache_app
 from pipeline.export_cli import export
 from pipeline.launch import is_first_to_say
@@ -93,6 +93,10 @@ def train(
         str | None,
         typer.Option(metavar="REPO_ID", help="Upload the adapter's folder to the Hugging Face Hub; needs HF_TOKEN."),
     ] = None,
+    overfit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Check that N samples can be learnt by heart; exit code 1 if not."),
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -100,6 +104,8 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     if node is not None and gpus is None:
         raise UsageError("--node belongs to --gpus")
+    if push is not None and overfit is not None:
+        raise UsageError("--overfit only checks a recipe; leave --push for the run itself")
     if gpus is not None and not dry_run:
         from pipeline.launch import count_gpus, launch, parse_node
 
@@ -109,12 +115,20 @@ def train(
             arguments = ["train", recipe, *settings, *(["--json"] if as_json else [])]
             arguments += ["--profile"] if profile else []
             arguments += ["--push", push] if push else []
+            arguments += ["--overfit", str(overfit)] if overfit is not None else []
             raise typer.Exit(launch(arguments, ranks=ranks, node=parse_node(node) if node else None))
     from pipeline.stages import train_stage
 
-    result = train_stage(loaded, dry_run=dry_run, profile=profile, push_to=push)
+    code = EXIT_DONE
+    if overfit is None:
+        result = train_stage(loaded, dry_run=dry_run, profile=profile, push_to=push)
+    else:
+        from pipeline.overfit import overfit_stage
+
+        result, code = overfit_stage(loaded, overfit, dry_run=dry_run)
     if int(os.environ.get("RANK", "0")) == 0:
         emit(result, as_json=as_json)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -25,7 +25,12 @@ CONFIG_NAME = "config.json"
 PICTURES = "samples"
 MAX_PICTURES = 4
 
-_METHOD_NAMES = {"lora": "A LoRA adapter", "dora": "A DoRA adapter"}
+_METHOD_NAMES = {
+    "lora": "A LoRA adapter",
+    "dora": "A DoRA adapter",
+    "adapters": "Temporal adapters",
+    "full": "Fine-tuned weights",
+}
 _LICENSE = "NVIDIA Open Model License"
 _LICENSE_LINK = "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license"
 
@@ -98,21 +103,21 @@ def _card(
     model = recipe.model
     is_local = Path(model.path).expanduser().exists()
     base = Path(model.path).name if is_local else model.path
-    method = recipe.train.method
+    methods = recipe.train.methods
+    what = " and ".join(_METHOD_NAMES[method] for method in methods)
     data = ModelCardData(
         base_model=None if is_local else model.path,
-        base_model_relation=None if is_local else "adapter",
+        base_model_relation=None if is_local else "finetune" if "full" in methods else "adapter",
         library_name="diffusers" if WEIGHTS_NAME in weights else "latentline",
         license="other",
         license_name="nvidia-open-model-license",
         license_link=_LICENSE_LINK,
         pipeline_tag="image-to-video",
-        tags=[method, "cosmos", "video", "world-model", "latentline", "template:sd-lora"],
+        tags=[*methods, "cosmos", "video", "world-model", "latentline", "template:sd-lora"],
     )
     sections = [
         f"# {title}",
-        f"{_METHOD_NAMES.get(method, f'Weights of the method `{method}`')} for {base}"
-        f"{f' (revision `{model.revision}`)' if model.revision else ''}, trained with latentline.",
+        f"{what} for {base}{f' (revision `{model.revision}`)' if model.revision else ''}, trained with latentline.",
         "## Use",
         *_usage(model.path, model.revision, used_as, weights),
         *(["## Samples", *(f"![{Path(picture).stem}]({picture})" for picture in pictures)] if pictures else []),
@@ -170,10 +175,11 @@ def _data_rows(dataset: Mapping[str, Any]) -> dict[str, Any]:
 
 def _training_rows(recipe: Recipe) -> dict[str, Any]:
     config = recipe.train
-    return {
-        "method": config.method,
-        "rank, alpha": f"{config.lora.rank}, {config.lora.alpha:g}",
-        "targets": ", ".join(config.lora.targets) or "the family's default",
+    rows: dict[str, Any] = {"method": " + ".join(config.methods)}
+    if {"lora", "dora"} & set(config.methods):
+        rows["rank, alpha"] = f"{config.lora.rank}, {config.lora.alpha:g}"
+        rows["targets"] = ", ".join(config.lora.targets) or "the family's default"
+    return rows | {
         "steps x batch": f"{config.steps} x {config.batch_size}",
         "learning rate": f"{config.optimizer.lr:g}, {config.schedule.kind}, warm-up {config.schedule.warmup}",
         "conditioning frames": ", ".join(f"{n}: {p:g}" for n, p in sorted(config.objective.conditioning.items())),

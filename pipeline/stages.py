@@ -18,11 +18,11 @@ from encode.worker import ShardReport
 from infer.config import AdapterConfig, InferConfig
 from manifests.cache import Cache
 from manifests.errors import EXIT_DONE, EXIT_FAILURE, EXIT_QUARANTINED, UsageError
-from manifests.family import find_family
 from manifests.local_cache import CachedStore
 from manifests.order import order_of
 from manifests.schema import KINDS
-from manifests.snapshot import load_snapshot
+from manifests.snapshot import Snapshot, load_snapshot
+from manifests.store import Store
 from pipeline.array import array_expression, array_tasks, missing_tasks, plan_array
 from pipeline.recipe import Recipe, resolved, write_resolved
 from pipeline.report import human_bytes, log, progress_bar, quiet_libraries, track
@@ -130,10 +130,10 @@ def train_stage(
     `push_to` names a repository."""
     from pipeline.model_card import write_model_folder
     from pipeline.push import check_push, push
-    from pipeline.run_facts import write_dataset_facts
-    from train.metrics import check_trackers
-    from train.model import describe
+    from pipeline.samples import SampleVideos
+    from train.model import check, describe
     from train.trainer import train
+    from train.validate import split
 
     quiet_libraries()
     if push_to is not None:
@@ -142,26 +142,37 @@ def train_stage(
     store = Cache(recipe.encode.cache).store
     snapshot = load_snapshot(store, recipe.train.snapshot or recipe.encode.snapshot)
     mixture = recipe.data.mixture
-    order_of(snapshot, recipe.train.seed, mixture)
+    training, held_out = split(snapshot, recipe.train.validation, store)
+    order_of(training, recipe.train.seed, mixture)
     if dry_run:
-        return _train_dry_run(describe(recipe.model, recipe.train, snapshot))
-    family = find_family("train", recipe.model)
-    check_trackers(recipe.train.track)
-    family.check_snapshot(snapshot, recipe.model)
-    family.check_objective(recipe.train.objective, snapshot.shapes)
-    family.check_context_parallel(recipe.train.context_parallel, recipe.model, snapshot.shapes)
-    if is_main:
-        write_resolved(recipe, Path(recipe.train.output))
-        write_dataset_facts(snapshot, recipe.model, Path(recipe.train.output))
-    if recipe.train.local_cache is not None:
-        store = CachedStore(store.url, recipe.train.local_cache, int(recipe.train.local_cache_gb * 1e9))
-    result = train(recipe.model, recipe.train, snapshot, store, mixture=mixture, profile=profile)
+        described = _train_dry_run(describe(recipe.model, recipe.train, training))
+        return {**described, "held_out": 0 if held_out is None else held_out.num_samples}
+    check(recipe.model, recipe.train, training)
+    make_samples = None
+    if recipe.train.samples.every:
+        make_samples = SampleVideos(recipe, held_out or training, store)
+    store = prepare_output(recipe, snapshot, store)
+    result = train(
+        recipe.model, recipe.train, snapshot, store, mixture=mixture, make_samples=make_samples, profile=profile
+    )
     told = {**asdict(result), "snapshot": snapshot.hash}
     if is_main:
         folder = write_model_folder(recipe, Path(recipe.train.output), repo_id=push_to)
         if push_to is not None:
             told["pushed"] = push(folder, push_to)
     return told
+
+
+def prepare_output(recipe: Recipe, snapshot: Snapshot, store: Store) -> Store:
+    """Write the recipe and the facts about the data beside the run, and return the store to train from."""
+    from pipeline.run_facts import write_dataset_facts
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_resolved(recipe, Path(recipe.train.output))
+        write_dataset_facts(snapshot, recipe.model, Path(recipe.train.output))
+    if recipe.train.local_cache is not None:
+        return CachedStore(store.url, recipe.train.local_cache, int(recipe.train.local_cache_gb * 1e9))
+    return store
 
 
 def infer_stage(

@@ -107,27 +107,33 @@ def _check_targets(transformer: torch.nn.Module, targets: tuple[str, ...]) -> No
 
 
 def adapter_parameters(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the trainable parameters by the names they have in the adapter file, in a fixed order."""
+    """Return LoRA's or DoRA's parameters by the names they have in the adapter file, in a fixed order."""
     return {
         name.replace(f".{_ADAPTER}", ""): parameter
         for name, parameter in transformer.named_parameters()
-        if parameter.requires_grad
+        if ".lora_" in name
     }
 
 
-def count_parameters(transformer: torch.nn.Module) -> tuple[int, int]:
-    """Return (all parameters, trainable parameters), DoRA's magnitudes included."""
-    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in transformer.parameters()]
-    return sum(n for n, _ in numbers), sum(n for n, trainable in numbers if trainable)
+def has_adapter(transformer: torch.nn.Module) -> bool:
+    """Say whether the transformer has LoRA or DoRA."""
+    return bool(getattr(transformer, "peft_config", None))
 
 
 def adapter_state(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the adapter's tensors as stored: float32, on the CPU, without the file's prefix."""
+    """Return copies of the adapter's tensors as stored: float32, on the CPU, without the file's prefix."""
     state = get_peft_model_state_dict(transformer, adapter_name=_ADAPTER)
-    return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(state.items())}
+    return {
+        name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous() for name, tensor in sorted(state.items())
+    }
 
 
 def save_adapter(folder: Path, transformer: torch.nn.Module) -> Path:
+    """Write the transformer's adapter into `folder`, as `write_adapter` does."""
+    return write_adapter(folder, adapter_state(transformer), adapter_metadata(transformer))
+
+
+def write_adapter(folder: Path, state: dict[str, torch.Tensor], metadata: dict[str, Any]) -> Path:
     """Write `pytorch_lora_weights.safetensors` into `folder` and return its path.
 
     The file appears complete or not at all.
@@ -137,9 +143,9 @@ def save_adapter(folder: Path, transformer: torch.nn.Module) -> Path:
     try:
         Cosmos2_5_PredictBasePipeline.save_lora_weights(
             building,
-            transformer_lora_layers=adapter_state(transformer),
+            transformer_lora_layers=state,
             weight_name=WEIGHTS_NAME,
-            transformer_lora_adapter_metadata=_metadata(transformer),
+            transformer_lora_adapter_metadata=metadata,
         )
         with open(building / WEIGHTS_NAME, "rb") as file:
             os.fsync(file.fileno())
@@ -149,7 +155,8 @@ def save_adapter(folder: Path, transformer: torch.nn.Module) -> Path:
     return folder / WEIGHTS_NAME
 
 
-def _metadata(transformer: torch.nn.Module) -> dict[str, Any]:
+def adapter_metadata(transformer: torch.nn.Module) -> dict[str, Any]:
+    """What describes the adapter in its file: peft's configuration."""
     config = transformer.peft_config[_ADAPTER].to_dict()
     return {name: sorted(config[name]) if name == "target_modules" else config[name] for name in CONFIG_NAMES}
 
@@ -183,7 +190,7 @@ def load_adapter(transformer: torch.nn.Module, path: Path) -> None:
     `UsageError` and no value is changed.
     """
     state, metadata = read_adapter(path)
-    if not getattr(transformer, "peft_config", None):
+    if not has_adapter(transformer):
         if not metadata:
             raise UsageError(f"adapter {str(path)!r}: has no adapter metadata, so its alpha is unknown")
         _check_targets(transformer, tuple(metadata["target_modules"]))

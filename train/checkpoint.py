@@ -1,13 +1,18 @@
 """Checkpoints: a run's whole state in a folder that is complete or not there.
 
     <output>/checkpoints/step_00000100/
-        pytorch_lora_weights.safetensors    the adapter, as stock diffusers loads it
+        pytorch_lora_weights.safetensors    LoRA or DoRA, as stock diffusers loads it
+        trained_weights.safetensors         every other trained tensor, float32 (`train.trained`)
+        ema.safetensors                     the average of all that trains, where there is one
         optimizer.safetensors               `<parameter name>/<state name>`: independent of ranks and sharding
         state.json                          step, samples consumed, snapshot, settings that must not change
         complete.json                       size and SHA-256 of each of the others, written last
 
 The folder is written under a temporary name, every file is synced, and the rename comes last. A folder whose
 files differ from its `complete.json` is torn (a crash of the machine, a full disk): it is skipped with a note.
+
+Saving has two parts: `collect` copies the state to the main rank's memory, which all ranks must enter, and `write`
+makes the folder, which may happen later and in a thread.
 """
 
 from __future__ import annotations
@@ -29,16 +34,34 @@ from safetensors import SafetensorError
 
 from manifests.errors import LatentlineError, UsageError
 from manifests.mixture import Mixture
-from train.adapters import WEIGHTS_NAME, adapter_parameters, load_adapter, save_adapter
+from train.adapters import (
+    WEIGHTS_NAME,
+    adapter_metadata,
+    adapter_state,
+    has_adapter,
+    load_adapter,
+    write_adapter,
+)
 from train.config import TrainConfig
+from train.ema import Ema
+from train.trained import (
+    TRAINED_NAME,
+    load_trained,
+    save_trained,
+    split_like,
+    stored_parameters,
+    to_host,
+    trained_parameters,
+)
 
 LAYOUT_VERSION = 1
 
+_EMA = "ema.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _COMPLETE = "complete.json"
 _BUILDING = ".building-"
-_FIXED = ("seed", "batch_size", "dtype", "method", "lora", "optimizer", "schedule", "objective")
+_FIXED = ("seed", "batch_size", "dtype", "lora", "optimizer", "schedule", "objective")
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +82,15 @@ def fixed_settings(
     `steps` is among them only where the schedule depends on it; micro-batches, parallelism, activation
     policy, threads and tracking are free.
     """
-    fixed: dict[str, Any] = {"snapshot": snapshot_hash, "model": base_digest, **mixture.settings()}
-    for name in _FIXED:
+    fixed: dict[str, Any] = {"snapshot": snapshot_hash, "model": base_digest, "train.method": "+".join(config.methods)}
+    fixed |= mixture.settings()
+    optional = {
+        "adapters": "adapters" in config.methods,
+        "ema": config.ema.kind != "none",
+        "trainable": bool(config.trainable),
+        "frozen": bool(config.frozen),
+    }
+    for name in (*_FIXED, *(name for name, used in optional.items() if used)):
         value = getattr(config, name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fixed |= {f"train.{name}.{key}": part for key, part in dataclasses.asdict(value).items()}
@@ -71,15 +101,67 @@ def fixed_settings(
     return json.loads(json.dumps(fixed))
 
 
-def save(
-    folder: Path,
-    progress: Progress,
-    transformer: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    settings: Mapping[str, Any],
-    *,
-    keep_last: int,
-) -> Path:
+@dataclass(frozen=True)
+class Weights:
+    """Trained tensors in host memory. lora: as its file has them, None without LoRA. others: `stored_parameters`."""
+
+    lora: dict[str, torch.Tensor] | None
+    lora_metadata: dict[str, Any]
+    others: dict[str, torch.Tensor]
+
+    @property
+    def file_name(self) -> str:
+        """Of the file of LoRA or DoRA, else of the others."""
+        return TRAINED_NAME if self.lora is None else WEIGHTS_NAME
+
+    def write(self, folder: Path) -> None:
+        """Write `pytorch_lora_weights.safetensors` and `trained_weights.safetensors`, or the one there is."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.lora is not None:
+            write_adapter(folder, self.lora, self.lora_metadata)
+        if self.others:
+            building = folder / f".{TRAINED_NAME}"
+            save_trained(building, self.others)
+            _sync(building)
+            os.replace(building, folder / TRAINED_NAME)
+
+
+@dataclass(frozen=True)
+class State:
+    """A run's whole state in host memory. ema: by parameter name, None without. optimizer: `<name>/<part>`."""
+
+    weights: Weights
+    ema: dict[str, torch.Tensor] | None
+    optimizer: dict[str, torch.Tensor]
+
+
+def collect_weights(transformer: torch.nn.Module, *, keep: bool = True) -> Weights:
+    """Copy the trained tensors to host memory, whole; every rank must enter, those that do not `keep` get nothing."""
+    lora = has_adapter(transformer)
+    return Weights(
+        (adapter_state(transformer) if keep else {}) if lora else None,
+        adapter_metadata(transformer) if lora else {},
+        to_host(stored_parameters(transformer), keep=keep),
+    )
+
+
+def collect(
+    transformer: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None = None, *, keep: bool = True
+) -> State:
+    """Copy the state to host memory, whole; every rank must enter, those that do not `keep` get nothing."""
+    optimizer_tensors = {
+        f"{name}/{part}": tensor
+        for name, parameter in trained_parameters(transformer).items()
+        for part, tensor in optimizer.state[parameter].items()
+    }
+    return State(
+        collect_weights(transformer, keep=keep),
+        None if ema is None else ema.to_host(keep=keep),
+        to_host(optimizer_tensors, keep=keep),
+    )
+
+
+def write(folder: Path, progress: Progress, state: State, settings: Mapping[str, Any], *, keep_last: int) -> Path:
     """Write the checkpoint of `progress` under `folder`, drop all but the last `keep_last`, return its path.
 
     Raises `LatentlineError` if it cannot be written; earlier checkpoints stay as they are.
@@ -91,11 +173,13 @@ def save(
         for leftover in folder.glob(f"{_BUILDING}*"):
             shutil.rmtree(leftover)
         building.mkdir()
-        save_adapter(building, transformer)
-        safetensors.torch.save_file(_optimizer_tensors(optimizer, transformer), building / _OPTIMIZER)
-        state = {"layout": LAYOUT_VERSION, **dataclasses.asdict(progress), "settings": dict(settings)}
-        (building / _STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
-        files = {name: _facts(building / name) for name in (WEIGHTS_NAME, _OPTIMIZER, _STATE)}
+        state.weights.write(building)
+        safetensors.torch.save_file(state.optimizer, building / _OPTIMIZER)
+        if state.ema is not None:
+            safetensors.torch.save_file(state.ema, building / _EMA)
+        document = {"layout": LAYOUT_VERSION, **dataclasses.asdict(progress), "settings": dict(settings)}
+        (building / _STATE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        files = {path.name: _facts(path) for path in sorted(building.iterdir())}
         (building / _COMPLETE).write_text(json.dumps(files, indent=2, sort_keys=True) + "\n")
         for path in (*building.iterdir(), building):
             _sync(path)
@@ -132,9 +216,13 @@ def step_of(path: Path) -> int:
 
 
 def load(
-    path: Path, transformer: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
+    path: Path,
+    transformer: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+    ema: Ema | None = None,
 ) -> Progress:
-    """Put a checkpoint's adapter and optimizer state in place and return how far it was.
+    """Put a checkpoint's weights, average and optimizer state in place and return how far it was.
 
     Raises `UsageError` naming every setting that differs from the run that wrote it.
     """
@@ -156,29 +244,28 @@ def load(
             f"checkpoint {str(path)!r} was made with other settings: {', '.join(changed)}; "
             "change them back, or choose another train.output"
         )
-    load_adapter(transformer, path)
+    if has_adapter(transformer):
+        load_adapter(transformer, path)
+    if stored_parameters(transformer):
+        load_trained(transformer, path / TRAINED_NAME)
+    if ema is not None:
+        ema.load(safetensors.torch.load_file(path / _EMA))
     _load_optimizer(optimizer, transformer, safetensors.torch.load_file(path / _OPTIMIZER))
     return Progress(state["step"], state["samples_consumed"])
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{part}": tensor.detach().cpu().contiguous()
-        for name, parameter in adapter_parameters(transformer).items()
-        for part, tensor in optimizer.state[parameter].items()
-    }
 
 
 def _load_optimizer(
     optimizer: torch.optim.Optimizer, transformer: torch.nn.Module, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Restore the state by parameter name; the optimizer holds its parameters in `adapter_parameters`' order."""
-    names = list(adapter_parameters(transformer))
-    state: dict[int, dict[str, torch.Tensor]] = {number: {} for number in range(len(names))}
-    number_of = {name: number for number, name in enumerate(names)}
+    """Restore the state by parameter name; what has a parameter's shape is laid out as the parameter is."""
+    names = {parameter: name for name, parameter in trained_parameters(transformer).items()}
+    places = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    number_of = {names[parameter]: number for number, parameter in enumerate(places)}
+    state: dict[int, dict[str, torch.Tensor]] = {number: {} for number in range(len(places))}
     for key, tensor in tensors.items():
         name, part = key.rsplit("/", 1)
-        state[number_of[name]][part] = tensor
+        parameter = places[number_of[name]]
+        state[number_of[name]][part] = split_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

@@ -74,11 +74,11 @@ def own_rows(modulation_BTC: Tensor, num_tokens: int) -> Tensor:
     return modulation_BTC[:, rows]
 
 
-def all_tokens(key_BNHD: Tensor, value_BNHD: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of all ranks' tokens, in order; gradients go back to the ranks they came from, summed."""
+def all_tokens(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All ranks' tokens, in order, of each tensor [B, N, ...]; gradients go back to where they came from, summed."""
     if _context is None:
-        return key_BNHD, value_BNHD
-    return _AllTokens.apply(key_BNHD, value_BNHD, _context.world, _context.group)
+        return tensors
+    return _AllTokens.apply(_context.world, _context.group, *tensors)
 
 
 def whole(x_BNC: Tensor) -> Tensor:
@@ -110,20 +110,17 @@ def _undivided(ranks: int, token_counts: Iterable[int]) -> bool:
 
 class _AllTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, key: Tensor, value: Tensor, world: int, group: str) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, world: int, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.world, ctx.group = world, group
-        started = [_start_gather(tensor, world, group) for tensor in (key, value)]
-        key, value = (_tokens_second(_ops.wait_tensor(tensor)) for tensor in started)
-        return key, value
+        started = [_start_gather(tensor, world, group) for tensor in tensors]
+        return tuple(_tokens_second(_ops.wait_tensor(tensor)) for tensor in started)
 
     @staticmethod
-    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         started = [
-            _ops.reduce_scatter_tensor(grad.transpose(0, 1).contiguous(), "sum", ctx.world, ctx.group)
-            for grad in (grad_key, grad_value)
+            _ops.reduce_scatter_tensor(grad.transpose(0, 1).contiguous(), "sum", ctx.world, ctx.group) for grad in grads
         ]
-        grad_key, grad_value = (_tokens_second(_ops.wait_tensor(tensor)) for tensor in started)
-        return grad_key, grad_value, None, None
+        return None, None, *(_tokens_second(_ops.wait_tensor(tensor)) for tensor in started)
 
 
 class _Whole(torch.autograd.Function):

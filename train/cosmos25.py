@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ __all__ = [
     "loss",
     "normalise",
     "num_tokens",
+    "sigma_at",
     "stock",
 ]
 
@@ -219,6 +222,12 @@ def draw(seed: int, epoch: int, sample_id: str, shape: tuple[int, ...], objectiv
         num_conditioning=_pick(objective.conditioning, conditioning),
         drop_text=dropout < objective.text_dropout,
     )
+
+
+def sigma_at(quantile: float, objective: ObjectiveConfig) -> float:
+    """Return the sigma below which `draw` stays with probability `quantile`, in (0, 1)."""
+    time = 1 / (1 + math.exp(-NormalDist().inv_cdf(quantile)))
+    return objective.shift * time / (1 + (objective.shift - 1) * time)
 
 
 def _pick(probabilities: Mapping[int, float], uniform: float) -> int:

@@ -25,6 +25,7 @@ from train.attention import attend
 from train.context_parallel import all_tokens, own_rows, own_tokens, whole
 from train.flops import attention_flops, linear_flops
 from train.linear import linear, stacked_linear
+from train.temporal import ADAPTER
 
 
 def accelerate(transformer: CosmosTransformer3DModel) -> CosmosTransformer3DModel:
@@ -46,7 +47,14 @@ class FastCosmosBlock(CosmosTransformerBlock):
     """One block. Shapes: x [B, T S, C] with S tokens a latent frame; context [B, L, D]."""
 
     def forward(
-        self, x: Tensor, context: Tensor, embedded_BTC: Tensor, temb_BTC: Tensor, cos_ND: Tensor, sin_ND: Tensor
+        self,
+        x: Tensor,
+        context: Tensor,
+        embedded_BTC: Tensor,
+        temb_BTC: Tensor,
+        cos_ND: Tensor,
+        sin_ND: Tensor,
+        latent_frames: int,
     ) -> Tensor:
         y, gate = _modulated(self.norm1, x, embedded_BTC, temb_BTC)
         x = _gated(x, gate, _self_attention(self.attn1, y, cos_ND, sin_ND))
@@ -54,7 +62,8 @@ class FastCosmosBlock(CosmosTransformerBlock):
         x = _gated(x, gate, _cross_attention(self.attn2, y, context))
         y, gate = _modulated(self.norm3, x, embedded_BTC, temb_BTC)
         up, down = self.ff.net[0].proj, self.ff.net[2]
-        return _gated(x, gate, linear(down, F.gelu(linear(up, y))))
+        x = _gated(x, gate, linear(down, F.gelu(linear(up, y))))
+        return getattr(self, ADAPTER)(x, latent_frames) if hasattr(self, ADAPTER) else x
 
 
 class FastCosmosTransformer(CosmosTransformer3DModel):
@@ -75,9 +84,9 @@ class FastCosmosTransformer(CosmosTransformer3DModel):
         hidden_states: [B, 16, T, H, W] latents. timestep: [B, 1, T, 1, 1] or [B], on the sigma scale.
         encoder_hidden_states: [B, L, D]. condition_mask: [B, 1, T, H, W]. padding_mask: [1, 1, *, *], resized to
         the latents. fps: as the stock forward takes it; None for Cosmos-2.5.
-        Inputs are cast to the weights' dtype; the output [B, 16, T, H, W] has it.
+        Inputs are cast to the weights' dtype, or autocast's; the output [B, 16, T, H, W] has it.
         """
-        dtype = self.patch_embed.proj.weight.dtype
+        dtype = _computing_dtype(self)
         num_samples, _, latent_frames, height, width = hidden_states.shape
         parts = [hidden_states.to(dtype)]
         if condition_mask is not None:
@@ -103,9 +112,11 @@ class FastCosmosTransformer(CosmosTransformer3DModel):
             context = self.crossattn_proj(context)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, context, embedded_BTC, temb_BTC, cos_ND, sin_ND)
+                x = self._gradient_checkpointing_func(
+                    block, x, context, embedded_BTC, temb_BTC, cos_ND, sin_ND, latent_frames
+                )
             else:
-                x = block(x, context, embedded_BTC, temb_BTC, cos_ND, sin_ND)
+                x = block(x, context, embedded_BTC, temb_BTC, cos_ND, sin_ND, latent_frames)
         x = _final_norm(self.norm_out, x, embedded_BTC, temb_BTC)
         _, rows, columns = self.config.patch_size
         x = whole(linear(self.proj_out, x)).unflatten(2, (rows, columns, -1))
@@ -117,7 +128,7 @@ class FastCosmosTransformer(CosmosTransformer3DModel):
 
 def block_inputs(
     transformer: CosmosTransformer3DModel, shape_BCTHW: Sequence[int], context_length: int, device: torch.device
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Random inputs of one block, as the transformer would give it for latents of this shape.
 
     Made on `device`, wherever the transformer is; x requires a gradient. Where ranks share samples, this rank's part.
@@ -126,7 +137,7 @@ def block_inputs(
     config = transformer.config
     hidden = config.num_attention_heads * config.attention_head_dim
     _, rows, columns = config.patch_size
-    dtype = transformer.patch_embed.proj.weight.dtype
+    dtype = _computing_dtype(transformer)
     tokens = latent_frames * (height // rows) * (width // columns)
     cos_ND, sin_ND = transformer.rope(torch.empty(1, 1, latent_frames, height, width, device=device), fps=None)
 
@@ -140,19 +151,33 @@ def block_inputs(
         own_rows(random(num_samples, latent_frames, 3 * hidden), tokens),
         own_tokens(cos_ND, 0),
         own_tokens(sin_ND, 0),
+        latent_frames,
     )
 
 
+def _computing_dtype(transformer: CosmosTransformer3DModel) -> torch.dtype:
+    """Weights that train are float32 masters: under autocast they compute in its dtype, under FSDP in theirs."""
+    weight = transformer.patch_embed.proj.weight
+    device = weight.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
 def flops_per_sample(transformer: CosmosTransformer3DModel, shape_CTHW: Sequence[int], context_length: int) -> float:
-    """Model FLOP of one training step of one sample, as `train.flops` counts them."""
+    """Model FLOP of one training step of one sample, as `train.flops` counts them.
+
+    Whether the base's linear layers have weight gradients is told by the last block's MLP.
+    """
     _, latent_frames, height, width = shape_CTHW
     config = transformer.config
     _, rows, columns = config.patch_size
     tokens = latent_frames * (height // rows) * (width // columns)
     hidden = config.num_attention_heads * config.attention_head_dim
     mlp = int(config.mlp_ratio * hidden)
-    block = linear_flops(tokens, 4 * hidden**2 + 2 * hidden**2 + 2 * hidden * mlp)
-    block += linear_flops(context_length, 2 * hidden * config.text_embed_dim)
+    trained = transformer.transformer_blocks[-1].ff.net[2].weight.requires_grad
+    block = linear_flops(tokens, 4 * hidden**2 + 2 * hidden**2 + 2 * hidden * mlp, trained=trained)
+    block += linear_flops(context_length, 2 * hidden * config.text_embed_dim, trained=trained)
     block += attention_flops(tokens, tokens, hidden) + attention_flops(tokens, context_length, hidden)
     return config.num_layers * block
 

@@ -1,9 +1,9 @@
 """Model FLOP of a training step, and the share of a device's peak it reaches.
 
-Counted: for each linear layer of the frozen base 2 x rows x in x out forward, and the same again for its input's
-gradient (there is no weight gradient); for attention 4 x queries x keys x width forward and 2.5 times that backward.
-Not counted: recomputation, the adapter's own products (about 2%), norms and other pointwise work. MFU is that over
-wall time and the device's dense bfloat16 peak.
+Counted: for each linear layer of the base 2 x rows x in x out forward, the same again for its input's gradient, and
+once more for its weights' gradient if they train; for attention 4 x queries x keys x width forward and 2.5 times that
+backward. Not counted: recomputation, the adapter's own products (about 2%), norms and other pointwise work. MFU is that
+over wall time and the device's dense bfloat16 peak.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _PEAKS = {
 }
 
 
-def linear_flops(rows: int, weights: int) -> float:
+def linear_flops(rows: int, weights: int, *, trained: bool = False) -> float:
     """Forward and backward of linear layers with `weights` values in all over `rows` rows."""
-    return 2.0 * rows * weights * (1 + BACKWARD_OF_LINEAR)
+    return 2.0 * rows * weights * (1 + BACKWARD_OF_LINEAR * (1 + trained))
 
 
 def attention_flops(queries: int, keys: int, width: int) -> float:

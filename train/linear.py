@@ -31,6 +31,8 @@ def stacked_linear(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...
         return tuple(module(x) for module in modules)
     weights = [_base(module).weight for module in modules]
     widths = [weight.shape[0] for weight in weights]
+    trained = any(weight.requires_grad for weight in weights)
+    weights = [weight.to(x.dtype) for weight in weights]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     adapters = [_adapters(module) for module in modules]
     downs = [down for pairs in adapters for _, down, _ in pairs]
@@ -38,7 +40,10 @@ def stacked_linear(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...
         return F.linear(x, weight).split(widths, -1)
     down = torch.cat(downs).to(x.dtype)
     up = _block_diagonal(adapters, widths).to(x.dtype)
-    y = _AdaptedLinear.apply(x.flatten(0, -2), weight, down, up).unflatten(0, x.shape[:-1])
+    if trained:
+        y = F.linear(x, weight) + F.linear(F.linear(x, down), up)
+    else:
+        y = _AdaptedLinear.apply(x.flatten(0, -2), weight, down, up).unflatten(0, x.shape[:-1])
     outputs = y.split(widths, -1)
     return tuple(_with_magnitude(module, output) for module, output in zip(modules, outputs, strict=True))
 

@@ -15,6 +15,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from manifests.errors import UsageError
 from train.config import TrackConfig
 
@@ -57,16 +60,26 @@ class Metrics:
             )
 
     def record(self, values: Mapping[str, float | int]) -> None:
-        """Write one record; `values["step"]` orders them."""
+        """Write one record; `values["step"]` orders them. Names without a slash are the training's."""
         with open(self._file, "a") as file:
             file.write(json.dumps(dict(values)) + "\n")
         step = int(values["step"])
         scalars = {name: value for name, value in values.items() if name != "step"}
         if self._board is not None:
             for name, value in scalars.items():
-                self._board.add_scalar(f"train/{name}", value, step)
+                self._board.add_scalar(name if "/" in name else f"train/{name}", value, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show a picture file in TensorBoard and W&B."""
+        if self._board is not None:
+            with Image.open(path) as image:
+                self._board.add_image(name, np.array(image.convert("RGB")), step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
         if self._board is not None:
@@ -90,6 +103,10 @@ class Meter:
         self._steps += 1
         self._samples += samples
         self._waited = waited
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that went to something other than training."""
+        self._started += seconds
 
     def take(self) -> dict[str, float]:
         """Return seconds a step, samples a second (of all ranks) and the share of time spent waiting; begin anew."""

@@ -24,33 +24,40 @@ from train.activation import (
     measure,
     set_levels,
 )
-from train.adapters import add_adapter, count_parameters
 from train.attention import Kernel, choose_kernel, use_kernel
 from train.config import TrainConfig
 from train.context_parallel import sharing
+from train.methods import (
+    apply_methods,
+    bytes_per_trained,
+    computing,
+    count_weights,
+    describe_methods,
+    trains_base,
+)
 from train.metrics import check_trackers
 from train.parallel import Ranks, choose_mode, from_main, least, num_shards, place
 from train.schedule import milestones
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# float32: the weight, its gradient, AdamW's two moments.
-_BYTES_PER_TRAINABLE = 16
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Built:
     """The transformer on its device, the attention kernel it runs, and what its activations were planned to take.
 
-    flops_per_sample: model FLOP of a step (`train.flops`), the mean over the snapshot's samples.
+    flops_per_sample: model FLOP of a step (`train.flops`), the mean over the snapshot's samples. methods: what trains,
+    for people.
     """
 
     transformer: torch.nn.Module
     kernel: Kernel
     plan: MemoryPlan
     flops_per_sample: float
+    methods: str
 
     def describe(self) -> str:
-        return f"attention: {self.kernel}; {self.plan.describe()}"
+        return f"{self.methods}\nattention: {self.kernel}; {self.plan.describe()}"
 
     def out_of_memory(self, config: TrainConfig) -> str:
         """Say which settings would fit, and what they are predicted to take."""
@@ -68,19 +75,23 @@ class Built:
 
 
 def build(model: ModelConfig, config: TrainConfig, family: ModuleType, ranks: Ranks, snapshot: Snapshot) -> Built:
-    """Load the base, inject a fresh adapter (equal on every rank), plan its memory, put it on this rank's device."""
-    dtype = _DTYPES[config.dtype]
-    transformer = family.load_transformer(model, dtype, projected=family.is_projected(snapshot))
-    add_adapter(transformer, config.method, config.lora, family.DEFAULT_TARGETS, seed=config.seed)
-    total, trainable = count_parameters(transformer)
-    base_bytes = (total - trainable) * dtype.itemsize
+    """Load the base, apply the methods (equal on every rank), plan its memory, put it on this rank's device."""
+    dtype = DTYPES[config.dtype]
+    projected = family.is_projected(snapshot)
+    transformer = family.load_transformer(model, torch.float32 if trains_base(config) else dtype, projected=projected)
+    apply_methods(transformer, config, family)
+    _compute_frozen_in(transformer, dtype)
+    weights = count_weights(transformer)
+    base_bytes = weights.frozen_bytes(dtype.itemsize) + weights.base * (bytes_per_trained(config) + dtype.itemsize)
     mode = choose_mode(config.parallel, ranks, base_bytes)
     shape = max(snapshot.shapes, key=lambda shape: family.num_tokens(transformer, shape))
     kernels = get_args(Kernel)
     measured = choose_kernel(family.attention_shape(transformer, shape), dtype, ranks.device)
     kernel = kernels[from_main(kernels.index(measured), ranks)]
-    resident = base_bytes // num_shards(mode, ranks) + trainable * _BYTES_PER_TRAINABLE
-    with use_kernel(kernel), sharing(ranks.context):
+    shards = num_shards(mode, ranks)
+    resident = weights.frozen_bytes(dtype.itemsize) // shards
+    resident += weights.trained_bytes(config, dtype.itemsize, shards=shards)
+    with use_kernel(kernel), sharing(ranks.context), computing(config, dtype, ranks.device):
         plan = _plan_memory(config, family, transformer, ranks.device, shape, resident, snapshot)
     # Ranks that share a sample meet in collectives, also in what is computed again: they must keep the same.
     levels = least([LEVELS.index(level) for level in plan.levels], ranks)
@@ -88,8 +99,19 @@ def build(model: ModelConfig, config: TrainConfig, family: ModuleType, ranks: Ra
     flops = _mean_flops(family, transformer, snapshot)
     blocks = family.blocks(transformer)
     set_levels(blocks, plan.levels, compiled=ranks.device.type == "cuda")
-    place(transformer, blocks, mode, ranks)
-    return Built(transformer.train(), kernel, plan, flops)
+    methods = describe_methods(config, transformer, projected=projected)
+    place(transformer, blocks, mode, ranks, dtype)
+    return Built(transformer.train(), kernel, plan, flops, methods)
+
+
+def _compute_frozen_in(transformer: torch.nn.Module, dtype: torch.dtype) -> None:
+    for parameter in transformer.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _copy_formula(trained_base: int, itemsize: int) -> str:
+    return f"+ trainable base x {itemsize} (a copy to compute with) " if trained_base and itemsize < 4 else ""
 
 
 def _mean_flops(family: ModuleType, transformer: torch.nn.Module, snapshot: Snapshot) -> float:
@@ -125,40 +147,39 @@ def _plan_memory(
         resident=resident,
         tokens=family.num_tokens(transformer, shape) * config.micro_batch_size // config.context_parallel,
         hidden_size=family.hidden_size(transformer),
-        itemsize=_DTYPES[config.dtype].itemsize,
+        itemsize=DTYPES[config.dtype].itemsize,
     )
 
 
 def describe(model: ModelConfig, config: TrainConfig, snapshot: Snapshot) -> dict[str, Any]:
     """Return what a run would be, for `--dry-run`, after the checks a run begins with.
 
-    parameters, trainable_parameters: counts. tokens_per_sample: by latent shape "CxTxHxW". samples, epochs.
-    lr: effective learning rate by 0-based step. memory: bytes on one unsharded rank, by part, with the formula.
+    method: what trains, in words. parameters, trainable_parameters: counts. tokens_per_sample: by latent shape
+    "CxTxHxW". samples, epochs. lr: effective learning rate by 0-based step. memory: bytes on one unsharded rank, by
+    part, with the formula.
     The model is built without weights, so this takes no time and no memory.
     """
+    check(model, config, snapshot)
     family = find_family("train", model)
-    check_trackers(config.track)
-    family.check_snapshot(snapshot, model)
-    family.check_objective(config.objective, snapshot.shapes)
-    family.check_context_parallel(config.context_parallel, model, snapshot.shapes)
     transformer = family.empty_transformer(model, projected=family.is_projected(snapshot))
-    add_adapter(transformer, config.method, config.lora, family.DEFAULT_TARGETS)
-    total, trainable = count_parameters(transformer)
+    apply_methods(transformer, config, family)
+    weights = count_weights(transformer)
     tokens = {shape: family.num_tokens(transformer, shape) for shape in snapshot.shapes}
-    itemsize = _DTYPES[config.dtype].itemsize
-    base, adapter = (total - trainable) * itemsize, trainable * _BYTES_PER_TRAINABLE
+    itemsize = DTYPES[config.dtype].itemsize
+    base, trained = weights.frozen_bytes(itemsize), weights.trained_bytes(config, itemsize)
     level: Level = "attention" if config.activation == "auto" else POLICY_LEVELS[config.activation]
     plan = estimate(
         level,
         num_blocks=len(family.blocks(transformer)),
-        resident=base + adapter,
+        resident=base + trained,
         tokens=max(tokens.values()) * config.micro_batch_size // config.context_parallel,
         hidden_size=family.hidden_size(transformer),
         itemsize=itemsize,
     )
     return {
-        "parameters": total,
-        "trainable_parameters": trainable,
+        "method": describe_methods(config, transformer, projected=family.is_projected(snapshot)),
+        "parameters": weights.total,
+        "trainable_parameters": weights.trained,
         "samples": snapshot.num_samples,
         "steps": config.steps,
         "epochs": config.steps * config.batch_size / snapshot.num_samples,
@@ -167,13 +188,23 @@ def describe(model: ModelConfig, config: TrainConfig, snapshot: Snapshot) -> dic
         "lr": milestones(config),
         "memory": {
             "base": base,
-            "adapter": adapter,
+            "trained": trained,
             "activations": plan.peak - plan.resident,
             "total": plan.peak,
             "formula": (
-                f"base parameters x {itemsize} + trainable x {_BYTES_PER_TRAINABLE} (weight, gradient, two moments) "
-                f"+ tokens x micro-batch x hidden x {itemsize} x (blocks x {KEPT_VALUES[level]:g} + "
-                f"{WORKING_VALUES:g}), activation level {level!r}"
+                f"frozen parameters x {itemsize} + trainable x {bytes_per_trained(config)} (weight, gradient, two "
+                f"moments{', average' if config.ema.kind != 'none' else ''}) "
+                f"{_copy_formula(weights.base, itemsize)}+ tokens x micro-batch x hidden x {itemsize} x (blocks x "
+                f"{KEPT_VALUES[level]:g} + {WORKING_VALUES:g}), activation level {level!r}"
             ),
         },
     }
+
+
+def check(model: ModelConfig, config: TrainConfig, snapshot: Snapshot) -> None:
+    """Raise `UsageError` unless model, settings and snapshot fit each other; nothing is loaded or written."""
+    family = find_family("train", model)
+    check_trackers(config.track)
+    family.check_snapshot(snapshot, model)
+    family.check_objective(config.objective, snapshot.shapes)
+    family.check_context_parallel(config.context_parallel, model, snapshot.shapes)

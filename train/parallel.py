@@ -2,8 +2,9 @@
 
 The ranks, in order, are a mesh of replicate x shard x context. `context` neighbours share a sample, token by token
 (`train.context_parallel`); all others see different samples. The frozen base is whole on every rank, or split over
-shard x context and repeated over `replicate`. The adapter is whole on every rank in every mode, so its gradients are
-summed here, once a step, in float32. Losses are weighted by samples before they are summed: the number of ranks, what
+shard x context and repeated over `replicate`. Adapters are whole on every rank in every mode, so their gradients are
+summed here, once a step, in float32; weights of the base that train are split with the base, and FSDP sums their
+gradients, in float32 as well. Losses are weighted by samples before they are summed: the number of ranks, what
 they share and the size of micro-batches do not enter the result.
 """
 
@@ -19,15 +20,20 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from manifests.errors import LatentlineError, Preempted, UsageError
 from train.context_parallel import Context
+from train.trained import is_added
 
 Mode = Literal["replicate", "shard", "hybrid"]
 
 # Rank 0 may make sample videos between steps while the others wait in their next collective.
 _TIMEOUT = timedelta(hours=2)
+
+_PIECE_VALUES = 2**26
+"""Values of a gradient that are added up at once, and copied for it: 256 MiB."""
 
 
 @dataclass(frozen=True)
@@ -151,21 +157,28 @@ def num_shards(mode: Mode, ranks: Ranks) -> int:
     return {"replicate": 1, "shard": ranks.world, "hybrid": ranks.local_world}[mode]
 
 
-def place(transformer: torch.nn.Module, blocks: Iterable[torch.nn.Module], mode: Mode, ranks: Ranks) -> None:
+def place(
+    transformer: torch.nn.Module, blocks: Iterable[torch.nn.Module], mode: Mode, ranks: Ranks, dtype: torch.dtype
+) -> None:
     """Move the transformer from the CPU to where it trains.
 
-    shard, hybrid: FSDP2 splits the frozen weights over the ranks, or over each machine's, block by block, so that a
-    GPU never holds more than its share and one block. Trainable parameters stay whole, outside FSDP.
+    shard, hybrid: FSDP2 splits the base's weights over the ranks, or over each machine's, block by block, so that a
+    GPU never holds more than its share and one block; those that train are float32 there and gathered in `dtype`.
+    Adapters stay whole, outside FSDP.
     """
     if num_shards(mode, ranks) == 1:
         transformer.to(ranks.device)
         return
     mesh = _weights_mesh(mode, ranks)
-    trainable = {parameter for parameter in transformer.parameters() if parameter.requires_grad}
-    for block in blocks:
-        fully_shard(block, mesh=mesh, ignored_params=trainable)
-    fully_shard(transformer, mesh=mesh, ignored_params=trainable)
-    for parameter in trainable:
+    whole = {parameter for name, parameter in transformer.named_parameters() if is_added(name)}
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*blocks, transformer):
+        # Resharded after each forward pass: weights may change between two without a backward pass (validation).
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=whole, reshard_after_forward=True)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)  # losses are weighted already: gradients add up
+        module.set_force_sum_reduction_for_comms(True)
+    for parameter in whole:
         parameter.data = parameter.data.to(ranks.device)
 
 
@@ -177,14 +190,54 @@ def _weights_mesh(mode: Mode, ranks: Ranks) -> DeviceMesh:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter], ranks: Ranks) -> None:
-    """Add up the gradients of all ranks, in place, as one float32 vector; every rank enters with all of them."""
+    """Add up the gradients of all ranks, in place, in float32 pieces; every rank enters with all of them.
+
+    Parameters that FSDP splits are left out: it has added theirs up.
+    """
     if ranks.world == 1:
         return
-    gradients = [parameter.grad for parameter in parameters]
+    piece: list[torch.Tensor] = []
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
+        assert parameter.grad is not None
+        piece.append(parameter.grad)
+        if sum(gradient.numel() for gradient in piece) >= _PIECE_VALUES:
+            _sum_flat(piece)
+            piece = []
+    if piece:
+        _sum_flat(piece)
+
+
+def _sum_flat(gradients: Sequence[torch.Tensor]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
-    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], limit: float) -> float:
+    """Scale the gradients, summed before, so that their norm over all parameters is at most `limit`; return the norm.
+
+    All ranks that split parameters must enter; the norm is the same on each.
+    """
+    groups = by_layout(parameters)
+    norms = []
+    for group in groups:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, limit, total)
+    return float(total)
+
+
+def by_layout(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Whole parameters, and those FSDP splits, apart: what computes on many tensors at once takes one kind only."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+    return [groups[kind] for kind in sorted(groups)]
 
 
 def sum_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -246,7 +246,7 @@ def test_train_dry_run_describes_and_writes_nothing(latentline: Latentline, enco
     assert said["tokens_per_sample"] == {"16x3x4x6": 18}
     assert said["lr"]["0"] == 0.01
     memory = said["memory_bytes"]
-    assert memory["total"] == memory["base"] + memory["adapter"] + memory["activations"]
+    assert memory["total"] == memory["base"] + memory["trained"] + memory["activations"]
     text = latentline("train", encoded.recipe, "--dry-run").out
     assert any(line.startswith("memory bytes") and "total: " in line and "KiB" in line for line in text.splitlines())
     assert encoded.made == {"cache"}

@@ -29,12 +29,14 @@ def make_snapshot(
     poisoned: int | None = None,
     datasets: tuple[str, ...] = (),
     captions: tuple[str, ...] = (),
+    context: tuple[int, ...] = CONTEXT,
     **parts: object,
 ) -> Snapshot:
     """Encode nothing: write random latents of the given shapes and a context each, and freeze them.
 
     poisoned: index of a sample whose latents hold a NaN. datasets: of each sample; default `test`. captions: names of
-    the captions each sample has, with a context each; default one without a name. parts: fingerprint parts to replace.
+    the captions each sample has, with a context each; default one without a name. context: shape of each context.
+    parts: fingerprint parts to replace.
     """
     cache = Cache(str(folder), create=True)
     generator = torch.Generator().manual_seed(7)
@@ -45,9 +47,9 @@ def make_snapshot(
             values[0, 0, 0, 0] = torch.nan
         latents[digest(["latents", index])] = values
         for name in captions or ("",):
-            contexts[_context(index, name)] = torch.randn(CONTEXT, generator=generator)
+            contexts[_context(index, name)] = torch.randn(context, generator=generator)
     null_key = digest(["context", None])
-    contexts[null_key] = torch.randn(CONTEXT, generator=generator)
+    contexts[null_key] = torch.randn(context, generator=generator)
     for kind, tensors in (("latents", latents), ("context", contexts)):
         commit_shard(
             cache.store,
@@ -63,9 +65,10 @@ def make_snapshot(
     for index, key in enumerate(latents):
         own = {name: _context(index, name) for name in captions or ("",)}
         named = captions_key(own) if captions else None
-        for name, context in own.items():
-            row = {"dataset": datasets[index] if datasets else "test", "latents_key": key, "context_key": context}
-            row |= {"source": f"{index}.mp4", "caption_name": name or None, "captions_key": named}
+        for name, context_key in own.items():
+            row = {"dataset": datasets[index] if datasets else "test", "latents_key": key, "context_key": context_key}
+            row |= {"source": f"{index}.mp4", "source_hash": digest(["video", index])}
+            row |= {"caption_name": name or None, "captions_key": named}
             rows.append(dict.fromkeys(columns) | row)
     snapshot, _ = build_snapshot(
         cache,

@@ -37,6 +37,11 @@ def advance(transformer, optimizer):
     optimizer.zero_grad()
 
 
+def save(folder, progress, transformer, optimizer, settings, *, keep_last):
+    state = checkpoint.collect(transformer, optimizer)
+    return checkpoint.write(folder, progress, state, settings, keep_last=keep_last)
+
+
 def settings(**changes):
     config = TrainConfig(output="unused", **changes)
     return checkpoint.fixed_settings(config, snapshot_hash="s", base_digest="b")
@@ -44,7 +49,7 @@ def settings(**changes):
 
 def test_a_loaded_checkpoint_continues_bit_by_bit(state, tmp_path):
     transformer, optimizer = state(2)
-    path = checkpoint.save(tmp_path, Progress(2, 8), transformer, optimizer, settings(), keep_last=1)
+    path = save(tmp_path, Progress(2, 8), transformer, optimizer, settings(), keep_last=1)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
     again, again_optimizer = state(0)
     assert checkpoint.load(path, again, again_optimizer, settings()) == Progress(2, 8)
@@ -59,7 +64,7 @@ def test_a_loaded_checkpoint_continues_bit_by_bit(state, tmp_path):
 def test_a_torn_checkpoint_is_skipped_with_a_note(state, tmp_path, caplog, name, damage):
     transformer, optimizer = state(1)
     for step in (1, 2):
-        checkpoint.save(tmp_path, Progress(step, step), transformer, optimizer, settings(), keep_last=3)
+        save(tmp_path, Progress(step, step), transformer, optimizer, settings(), keep_last=3)
     victim = checkpoint.at_step(tmp_path, 2) / name
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
@@ -74,11 +79,11 @@ def test_a_torn_checkpoint_is_skipped_with_a_note(state, tmp_path, caplog, name,
 
 def test_a_write_that_was_killed_leaves_nothing_that_counts(state, tmp_path):
     transformer, optimizer = state(1)
-    path = checkpoint.save(tmp_path, Progress(1, 1), transformer, optimizer, settings(), keep_last=3)
+    path = save(tmp_path, Progress(1, 1), transformer, optimizer, settings(), keep_last=3)
     shutil.copytree(path, tmp_path / ".building-123")
     (path / "complete.json").unlink()
     assert checkpoint.latest_good(tmp_path) is None
-    checkpoint.save(tmp_path, Progress(1, 1), transformer, optimizer, settings(), keep_last=3)
+    save(tmp_path, Progress(1, 1), transformer, optimizer, settings(), keep_last=3)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step_00000001"]
     assert checkpoint.latest_good(tmp_path) == path
 
@@ -86,13 +91,13 @@ def test_a_write_that_was_killed_leaves_nothing_that_counts(state, tmp_path):
 def test_no_more_than_keep_last_are_kept(state, tmp_path):
     transformer, optimizer = state(1)
     for step in (8, 9, 10, 11):
-        checkpoint.save(tmp_path, Progress(step, step), transformer, optimizer, settings(), keep_last=2)
+        save(tmp_path, Progress(step, step), transformer, optimizer, settings(), keep_last=2)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_00000010", "step_00000011"]
 
 
 def test_changed_settings_are_all_named(state, tmp_path):
     transformer, optimizer = state(1)
-    path = checkpoint.save(tmp_path, Progress(1, 1), transformer, optimizer, settings(), keep_last=1)
+    path = save(tmp_path, Progress(1, 1), transformer, optimizer, settings(), keep_last=1)
     other = settings(seed=3, batch_size=2, method="dora", lora=LoraConfig(rank=8, targets=("to_q",)))
     with pytest.raises(UsageError) as caught:
         checkpoint.load(path, transformer, optimizer, other)
@@ -116,7 +121,7 @@ def test_what_does_not_change_the_training_is_free():
 
 def test_a_newer_layout_is_refused(state, tmp_path):
     transformer, optimizer = state(1)
-    path = checkpoint.save(tmp_path, Progress(1, 1), transformer, optimizer, settings(), keep_last=1)
+    path = save(tmp_path, Progress(1, 1), transformer, optimizer, settings(), keep_last=1)
     document = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(document | {"layout": checkpoint.LAYOUT_VERSION + 1}))
     with pytest.raises(UsageError, match="newer"):
@@ -125,13 +130,13 @@ def test_a_newer_layout_is_refused(state, tmp_path):
 
 def test_a_disk_that_cannot_be_written_is_an_error_and_keeps_the_last_checkpoint(state, tmp_path):
     transformer, optimizer = state(1)
-    path = checkpoint.save(tmp_path, Progress(1, 1), transformer, optimizer, settings(), keep_last=1)
+    path = save(tmp_path, Progress(1, 1), transformer, optimizer, settings(), keep_last=1)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
         with pytest.raises(LatentlineError, match=r"step_00000002.*cannot be written"):
-            checkpoint.save(tmp_path, Progress(2, 2), transformer, optimizer, settings(), keep_last=1)
+            save(tmp_path, Progress(2, 2), transformer, optimizer, settings(), keep_last=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)

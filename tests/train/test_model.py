@@ -27,9 +27,9 @@ def test_describe_counts_what_would_train(model, tiny_checkpoint, tmp_path):
     assert told["epochs"] == 100
     assert max(told["lr"].values()) < 0.03 * 4.316e-5
     memory = told["memory"]
-    assert memory["total"] == memory["base"] + memory["adapter"] + memory["activations"]
+    assert memory["total"] == memory["base"] + memory["trained"] + memory["activations"]
     assert memory["base"] == 2 * (told["parameters"] - told["trainable_parameters"])
-    assert memory["adapter"] == 16 * told["trainable_parameters"]
+    assert memory["trained"] == 16 * told["trainable_parameters"]
 
 
 def test_dora_adds_a_magnitude_an_output_row(model, tiny_checkpoint, tmp_path):

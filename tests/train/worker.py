@@ -1,9 +1,9 @@
 """Runs training jobs on the ranks of one torchrun, for tests: `-m tests.train.worker JOBS.json`.
 
 A job is {"model": path, "cache": path, "train": {...}, "stop_at": step}; with `stop_at` the main rank gets a SIGTERM
-once that step's checkpoint is written. Into the job's output folder go `outcome`, how it ended, `held`, how many
-values of the frozen base rank 0 holds, and where ranks share samples `compiled`, how far a compiled block is from an
-eager one.
+once that step's checkpoint is written. Into the job's output folder go `outcome`, how it ended, `held` and `trained`,
+how many frozen and trained values rank 0 holds, and where ranks share samples `compiled`, how far a compiled block is
+from an eager one.
 """
 
 from __future__ import annotations
@@ -49,12 +49,15 @@ def run(job: dict) -> str:
     return "done"
 
 
-def held_values(job: dict, ranks: parallel.Ranks) -> int:
+def held_values(job: dict, ranks: parallel.Ranks) -> tuple[int, int]:
     model = ModelConfig(path=job["model"])
     snapshot = load_snapshot(Store(job["cache"]), "train")
     transformer = build(model, TrainConfig(**job["train"]), cosmos25, ranks, snapshot).transformer
-    frozen = [parameter for parameter in transformer.parameters() if not parameter.requires_grad]
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
+    held = {False: 0, True: 0}
+    for parameter in transformer.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        held[parameter.requires_grad] += local.numel()
+    return held[False], held[True]
 
 
 def compiled_distance(job: dict, ranks: parallel.Ranks) -> float:
@@ -81,7 +84,9 @@ def compiled_distance(job: dict, ranks: parallel.Ranks) -> float:
 def main() -> None:
     with parallel.join() as ranks:
         for job in json.loads(Path(sys.argv[1]).read_text()):
-            found = {"outcome": run(job), "held": str(held_values(job, ranks))}
+            outcome = run(job)
+            held, trained = held_values(job, ranks)
+            found = {"outcome": outcome, "held": str(held), "trained": str(trained)}
             if job.get("compile"):
                 found["compiled"] = str(compiled_distance(job, ranks))
             if ranks.is_main:
