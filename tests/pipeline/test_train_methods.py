@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infer.config import AdapterConfig
@@ -25,6 +26,7 @@ from pipeline.stages import encode_stage, infer_stage, train_stage
 from tests import jobs
 from tests.pipeline.recipes import recipe_values, write_recipe
 from train.metrics import read_metrics
+from train.trained import TRAINED_NAME
 
 
 class World:
@@ -105,7 +107,8 @@ def test_infer_uses_every_trained_weight(world: World, method: Any, tmp_path: Pa
 
     def video(part: str, **options: Any) -> np.ndarray:
         changed = replace(recipe, infer=replace(recipe.infer, output=str(tmp_path / part)))
-        return read_frames(infer_stage(changed, "A red circle.", guardrail=False, **options)["videos"][0]).astype(int)
+        result, _ = infer_stage(changed, "A red circle.", guardrail=False, **options)
+        return read_frames(result["videos"][0]).astype(int)
 
     base, trained = video("base"), video("trained", adapters=[folder])
     assert np.abs(trained - base).max() > 5
@@ -116,6 +119,25 @@ def test_infer_uses_every_trained_weight(world: World, method: Any, tmp_path: Pa
         scaled = replace(recipe, infer=replace(recipe.infer, adapters={"a": AdapterConfig(path=folder, weight=0.5)}))
         with pytest.raises(UsageError, match=r"infer\.adapters\.a\.weight: .* cannot be scaled"):
             infer_stage(scaled, "A red circle.", guardrail=False)
+        ranged = replace(recipe, infer=replace(recipe.infer, adapters={"a": AdapterConfig(path=folder, sigma_min=0.5)}))
+        with pytest.raises(UsageError, match=r"infer\.adapters\.a: .* works at every sigma"):
+            infer_stage(ranged, "A red circle.", guardrail=False)
+
+
+@pytest.mark.parametrize("method", ["full", ["lora", "adapters"]])
+def test_a_video_is_made_anew_when_trained_weights_change(world: World, method: Any, tmp_path: Path) -> None:
+    recipe = world.recipe("full" if method == "full" else "both", method=method, steps=1)
+    folder = Path(train_stage(recipe)["adapter"]).parent
+    recipe = replace(recipe, infer=replace(recipe.infer, output=str(tmp_path / "videos")))
+
+    def status() -> str:
+        infer_stage(recipe, "A red circle.", adapters=[str(folder)], guardrail=False)
+        return json.loads((tmp_path / "videos" / "results.json").read_text())["videos"][0]["status"]
+
+    assert [status(), status()] == ["made", "kept"]
+    weights = load_file(folder / TRAINED_NAME)
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, folder / TRAINED_NAME)
+    assert status() == "made"
 
 
 def test_the_overfit_check_passes_and_says_so(world: World) -> None:
