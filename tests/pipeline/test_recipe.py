@@ -203,7 +203,11 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: bytes, messa
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("demmo", r"did you mean 'demo'\?"), ("zzz", "built in: demo, gr1-lora"), ("no/such.toml", "no such file")],
+    [
+        ("demmo", r"did you mean 'demo'\?"),
+        ("zzz", "built in: demo, egocentric-adapters, gr1-dora, gr1-lora"),
+        ("no/such.toml", "no such file"),
+    ],
 )
 def test_an_unknown_recipe_suggests_one(name: str, hint: str) -> None:
     with pytest.raises(UsageError, match=hint):
