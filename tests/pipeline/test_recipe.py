@@ -205,7 +205,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: bytes, messa
     ("name", "hint"),
     [
         ("demmo", r"did you mean 'demo'\?"),
-        ("zzz", "built in: demo, egocentric-adapters, gr1-dora, gr1-lora"),
+        ("zzz", "built in: demo, egocentric-adapters, gr1-dora"),
         ("no/such.toml", "no such file"),
     ],
 )
