@@ -26,10 +26,10 @@ PICTURES = "samples"
 MAX_PICTURES = 4
 
 _METHOD_NAMES = {
-    "lora": "A LoRA adapter",
-    "dora": "A DoRA adapter",
-    "adapters": "Temporal adapters",
-    "full": "Fine-tuned weights",
+    "lora": "a LoRA adapter",
+    "dora": "a DoRA adapter",
+    "adapters": "temporal adapters",
+    "full": "fine-tuned weights",
 }
 _LICENSE = "NVIDIA Open Model License"
 _LICENSE_LINK = "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license"
@@ -105,6 +105,7 @@ def _card(
     base = Path(model.path).name if is_local else model.path
     methods = recipe.train.methods
     what = " and ".join(_METHOD_NAMES[method] for method in methods)
+    what = what[0].upper() + what[1:]
     data = ModelCardData(
         base_model=None if is_local else model.path,
         base_model_relation=None if is_local else "finetune" if "full" in methods else "adapter",
