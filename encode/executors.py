@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain, pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +37,11 @@ def run_local(
     worker = ShardWorker(model, config, plan.footer)
     oversight = Oversight(check=stop.check)
     try:
-        for task in start_anywhere(plan).tasks(index=index, total=total):
+        for task, following in pairwise(chain(start_anywhere(plan).tasks(index=index, total=total), [None])):
+            assert task is not None
             stop.check()
+            if following is not None:
+                worker.expect(following)
             yield worker.run(task, oversight)
     finally:
         worker.close()

@@ -44,7 +44,7 @@ class Ledger:
 
 
 class Encoder:
-    """A `ShardWorker` in a Ray actor. `stop` runs beside `run`, in a concurrency group of its own."""
+    """A `ShardWorker` in a Ray actor. `expect` and `stop` run beside `run`, in a concurrency group of their own."""
 
     def __init__(self, name: str, ledger: Any) -> None:
         self._name = name
@@ -69,6 +69,12 @@ class Encoder:
         report = self._worker.run(task, oversight)
         self._metrics.add(report)
         return report
+
+    @ray.method(concurrency_group="control")
+    def expect(self, task: ShardTask) -> None:
+        """Say which task is queued behind the one in work."""
+        assert self._worker is not None
+        self._worker.expect(task)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

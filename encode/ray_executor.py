@@ -170,6 +170,8 @@ class _Driver:
                 if slot.ready and len(slot.waiting) <= room and busy < self._left:
                     attempt = self._again.popleft() if self._again else _Attempt(next(self._tasks))
                     oversight = Oversight(refused=attempt.refused, alone=attempt.alone)
+                    if slot.waiting:
+                        slot.handle.expect.remote(attempt.task)
                     slot.waiting[slot.handle.run.remote(attempt.task, oversight)] = attempt
                     busy += 1
 

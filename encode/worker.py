@@ -10,12 +10,14 @@ import contextlib
 import logging
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from encode.config import EncodeConfig
@@ -31,6 +33,8 @@ from manifests.schema import Kind, manifest_path
 from manifests.shards import Entry
 from manifests.store import Store
 from manifests.values import fault_of
+
+Decoded = Generator[tuple[DecodeJob, npt.NDArray[np.uint8] | DecodeError], None, None]
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +103,15 @@ class ShardWorker:
         self._store = Store(config.cache)
         self._encoder: Any = None
         self._pool: DecodePool | None = None
+        self._expected: ShardTask | None = None
+        self._ahead: tuple[list[str], Decoded] | None = None
+
+    def expect(self, task: ShardTask) -> None:
+        """Say which task follows the one in work: its first windows are decoded while that one is committed.
+
+        May be called from another thread. No promise: any task may follow.
+        """
+        self._expected = task
 
     def run(self, task: ShardTask, oversight: Oversight = Oversight()) -> ShardReport:
         """Encode a task and commit it, unless that is done already.
@@ -136,7 +149,7 @@ class ShardWorker:
         """Stop the decoder processes."""
         if self._pool is not None:
             self._pool.close()
-            self._pool = None
+            self._pool = self._ahead = None
 
     def _encode_latents(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
         if self._pool is None:
@@ -144,7 +157,7 @@ class ShardWorker:
         pool, check = self._pool, work.oversight.check
         waited = pool.wait_seconds
         rows = [row for row in rows if row["key"] not in work.errors]
-        with contextlib.closing(pool.imap(map(_decode_job, rows), check=check)) as decoded:
+        with contextlib.closing(self._decode(pool, rows, check)) as decoded:
             encoder = self._load("VideoEncoder")  # while the first windows are decoded
             for row, (job, frames) in zip(rows, decoded, strict=True):
                 if isinstance(frames, DecoderLost):
@@ -158,6 +171,19 @@ class ShardWorker:
                 facts = {name: row[name] for name in _LATENTS_FACTS}
                 work.entries[row["key"]] = Entry(row["key"], {"latents": latents_CTHW}, facts)
         work.wait_seconds = pool.wait_seconds - waited
+        expected, self._expected = self._expected, None
+        if expected is not None and expected.kind == "latents":
+            following = [row for row in expected.rows if not row["error"]]
+            self._ahead = [row["key"] for row in following], pool.imap(map(_decode_job, following), check=check)
+
+    def _decode(self, pool: DecodePool, rows: Sequence[dict[str, Any]], check: Callable[[], None]) -> Decoded:
+        """Frames of rows, in order; goes on with what was begun ahead if it was for these rows."""
+        if self._ahead is not None:
+            (keys, decoded), self._ahead = self._ahead, None
+            if keys == [row["key"] for row in rows]:
+                return decoded
+            decoded.close()
+        return pool.imap(map(_decode_job, rows), check=check)
 
     def _encode_contexts(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
         encoder = self._load("TextEncoder")

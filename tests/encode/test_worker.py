@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import threading
 import time
@@ -49,6 +50,14 @@ def _task(plan: Plan, kind: str) -> ShardTask:
     return next(task for task in plan.tasks() if task.kind == kind)
 
 
+def _halves(task: ShardTask) -> tuple[ShardTask, ShardTask]:
+    """Two tasks made of one."""
+    middle = len(task.rows) // 2
+    parts = {"a": task.rows[:middle], "b": task.rows[middle:]}
+    first, second = (dataclasses.replace(task, shard_id=task.shard_id + end, rows=rows) for end, rows in parts.items())
+    return first, second
+
+
 def _flipped(data: bytes) -> bytes:
     """With one bit changed in the middle, where a tensor is."""
     middle = len(data) // 2
@@ -82,6 +91,30 @@ def test_an_abandoned_task_leaves_nothing(make_worker: Make, tmp_path: Path, kin
         worker.run(task, Oversight(starting=starting))
     assert not list((tmp_path / "cache" / "entries").rglob("*"))
     assert worker.run(task).entries == len(task.rows)
+
+
+def test_an_expected_task_is_decoded_ahead(make_worker: Make, demo_dataset: Path, tmp_path: Path) -> None:
+    """Its video is gone by the time it runs. One decoder: when that answers, what was asked of it before is done."""
+    worker, plan = make_worker(decode_workers=1)
+    first, second = _halves(_task(plan, "latents"))
+    video = Path(shutil.copy(second.rows[0]["source"], tmp_path / "soon_gone.mp4"))
+    second = dataclasses.replace(second, rows=tuple(row | {"source": str(video)} for row in second.rows[:2]))
+    worker.expect(second)
+    worker.run(first)
+    assert worker._pool is not None
+    worker._pool.probe(video).result()
+    video.unlink()
+    report = worker.run(second)
+    assert (report.entries, report.quarantined) == (2, 0)
+
+
+def test_another_task_than_the_expected_may_follow(make_worker: Make, tmp_path: Path) -> None:
+    worker, plan = make_worker()
+    first, second = _halves(_task(plan, "latents"))
+    worker.expect(dataclasses.replace(second, rows=second.rows[1:]))
+    worker.run(first)
+    assert worker.run(second).entries == len(second.rows)
+    assert set(jobs.committed(tmp_path / "cache")) == {first.shard_id, second.shard_id}
 
 
 @pytest.fixture(scope="module")
