@@ -26,6 +26,8 @@ SET_ASIDE = "set aside by a repair"
 SPENT = "plan with nothing left to do"
 PROBE = "left by a check of the store"
 
+_ARRAY = ".array.json"
+
 
 @dataclass(frozen=True)
 class Garbage:
@@ -71,10 +73,20 @@ def _tars(cache: Cache) -> Iterator[tuple[ObjectInfo, str]]:
 
 
 def _spent_plans(cache: Cache) -> Iterator[tuple[ObjectInfo, str]]:
-    """Plans all of whose entries are committed, except those compaction still needs."""
-    plans = [info for info in cache.store.list("plans") if info.path.endswith(".parquet")]
-    if not plans:
-        return
+    """Plans all of whose entries are committed, except those compaction still needs, and array sizes without a plan."""
+    found = cache.store.list("plans")
+    plans = [info for info in found if info.path.endswith(".parquet")]
+    needed = {info.path for info in plans}
+    if plans:
+        spent = list(_spent(cache, plans))
+        needed -= {info.path for info in spent}
+        yield from ((info, SPENT) for info in spent)
+    jobs = {path.rpartition("-")[0] for path in needed}
+    arrays = {info.path.removesuffix(_ARRAY): info for info in found if info.path.endswith(_ARRAY)}
+    yield from ((info, SPENT) for job, info in arrays.items() if job not in jobs)
+
+
+def _spent(cache: Cache, plans: Sequence[ObjectInfo]) -> Iterator[ObjectInfo]:
     keys = pa.chunked_array(
         [chunk for kind in KINDS for chunk in cache.index(kind, ["key"])["key"].chunks], pa.string()
     )
@@ -85,7 +97,7 @@ def _spent_plans(cache: Cache) -> Iterator[tuple[ObjectInfo, str]]:
         shard_ids = pc.unique(plan.table["shard_id"])
         uncompacted = pc.sum(pc.is_in(shard_ids, value_set=waiting)).as_py() or 0
         if done and uncompacted < MIN_SHARDS:
-            yield info, SPENT
+            yield info
 
 
 def _staged(cache: Cache) -> Iterator[tuple[ObjectInfo, str]]:

@@ -47,6 +47,21 @@ def test_a_plan_with_something_left_to_do_stays(cache):
     assert len(find_garbage(cache, older_than=DAY)) == 2
 
 
+def test_the_array_size_of_a_job_goes_with_its_last_plan(cache):
+    [plan] = (cache.store.root / "plans").glob("*.parquet")
+    own = f"{plan.stem.rpartition('-')[0]}.array.json"
+    more = wanted_table([*VIDEOS, "c"], STARTS)
+    unfinished = adopt_plan(
+        cache, more, missing_entries(cache, more), {"latents": 2, "context": 2}, {"fingerprints": PARTS}
+    )
+    others = [f"{unfinished.plan_id.rpartition('-')[0]}.array.json", f"{'7' * 40}.array.json"]
+    for name in (own, *others):
+        cache.store.write(f"plans/{name}", b'{"tasks": 4}')
+    age(cache)
+    found = {item.path for item in find_garbage(cache, older_than=DAY)}
+    assert found == {f"plans/{plan.name}", f"plans/{own}", f"plans/{others[1]}"}
+
+
 def test_abandoned_tars_and_unfinished_writes_go_once_they_are_old(cache):
     folder = cache.store.root / "entries/latents"
     (folder / f"{'9' * 40}.abc.tar").write_bytes(b"x" * 700)
