@@ -136,7 +136,7 @@ def test_frames_of_another_rate_are_the_nearest_ones(numbered: Path) -> None:
     assert numbers_of(window(numbered, 6, 6, 60.0)) == [3, 3, 4, 4, 5, 5]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(first=st.integers(0, 40), num_frames=st.integers(1, 20), fps=st.sampled_from([None, 7.0, 16.0, 24.0]))
 def test_a_window_has_the_pixels_of_a_whole_decode(b_frames: Path, first: int, num_frames: int, fps: float) -> None:
     whole = window(b_frames, 0, NUM_FRAMES)

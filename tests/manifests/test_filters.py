@@ -39,7 +39,7 @@ CONDITION = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(where=CONDITION)
 def test_conditions_choose_what_sql_does(where):
     data = TABLE
@@ -76,7 +76,7 @@ def test_what_makes_no_sense_is_one_clear_line(where, message):
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(where=st.text("adnorti ='()<>%123;._", max_size=30) | st.text(max_size=20))
 def test_no_text_does_anything_but_choose_rows_or_be_refused(where):
     with contextlib.suppress(UsageError):

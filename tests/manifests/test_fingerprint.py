@@ -39,7 +39,7 @@ def test_weights_are_the_same_after_a_move(tmp_path):
     assert weights_digest(tmp_path / "b") == before
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(sorted(TENSORS)), index=st.integers(0, 11), bit=st.integers(0, 31))
 def test_any_bit_of_any_weight_changes_the_digest(tmp_path, name, index, bit):
     original = weights_digest(save(tmp_path / "a", TENSORS))

@@ -145,6 +145,4 @@ class Lifecycle(RuleBasedStateMachine):
 
 
 TestLifecycle = Lifecycle.TestCase
-TestLifecycle.settings = settings(
-    max_examples=15, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestLifecycle.settings = settings(max_examples=15, stateful_step_count=12, suppress_health_check=list(HealthCheck))

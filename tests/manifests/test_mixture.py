@@ -13,7 +13,7 @@ SHARES = st.lists(st.fractions(min_value=Fraction(1, 50), max_value=50, max_deno
 SMALL = st.lists(st.integers(1, 30).map(Fraction), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shares=SMALL, periods=st.integers(1, 3))
 def test_a_period_holds_exactly_the_shares(shares, periods):
     weave = Weave(shares)
@@ -22,7 +22,7 @@ def test_a_period_holds_exactly_the_shares(shares, periods):
     assert all(counts[strand] == periods * weave.period * share / total for strand, share in enumerate(shares))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shares=SHARES, begin=st.integers(0, 10**15))
 def test_places_of_a_strand_are_consecutive_from_any_position(shares, begin):
     weave = Weave(shares)
@@ -33,7 +33,7 @@ def test_places_of_a_strand_are_consecutive_from_any_position(shares, begin):
         seen[strand] = place + 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shares=SHARES)
 def test_every_strand_starts_at_its_first_place(shares):
     firsts: dict[int, int] = {}
@@ -44,7 +44,7 @@ def test_every_strand_starts_at_its_first_place(shares):
     assert set(firsts.values()) == {0}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shares=SHARES, position=st.integers(1, 10**9))
 def test_no_strand_is_ever_far_from_its_share(shares, position):
     weave, total = Weave(shares), sum(shares)
@@ -59,7 +59,7 @@ def test_no_strand_is_ever_far_from_its_share(shares, position):
         ahead += 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shares=SMALL, factor=st.fractions(min_value=Fraction(1, 9), max_value=9))
 def test_only_proportions_matter(shares, factor):
     one, two = Weave(shares), Weave(share * factor for share in shares)
@@ -84,7 +84,7 @@ def test_a_strand_without_a_share_is_a_bug(shares):
 NAMES = ["long", "medium", "short"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), epoch=st.integers(0, 10**6), sample=st.text("abcdef0123456789", min_size=1))
 def test_a_caption_is_a_function_of_seed_epoch_and_sample(seed, epoch, sample):
     mixture = Mixture(captions={"d": {"long": 1.0, "medium": 2.0, "short": 1.0}})

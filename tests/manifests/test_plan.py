@@ -30,7 +30,7 @@ def keys_of(tasks) -> list[str]:
 
 
 @given(total=st.integers(1, 8), sizes=st.fixed_dictionaries(dict.fromkeys(KINDS, st.integers(1, 7))))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_tasks_of_all_workers_are_every_missing_entry_once(total, sizes):
     plan = make_plan("p", WANTED, sizes, FOOTER)
     tasks = [list(plan.tasks(index=index, total=total)) for index in range(total)]

@@ -44,7 +44,7 @@ def test_without_weights_the_order_is_the_plain_one(snapshot):
     assert [order[p] for p in range(40)] == [plain[p] for p in range(40)]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     normal=st.integers(0, 20),
     accident=st.integers(1, 20),

@@ -17,7 +17,7 @@ OTHER = (16, 2, 6, 4)
 CPU = torch.device("cpu")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     shapes=st.lists(st.sampled_from([(1,), (2,), (3,)]), min_size=1, max_size=12),
     micro=st.integers(1, 4),
