@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -97,10 +98,10 @@ def _read_marker(folder: Path) -> dict[str, int] | None:
 
 
 def _build_pipeline() -> Cosmos2_5_PredictBasePipeline:
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(vocab_size=TEXT_VOCAB)
     return Cosmos2_5_PredictBasePipeline(
         tokenizer=tokenizer,
-        text_encoder=_build_text_encoder(tokenizer),
+        text_encoder=build_text_encoder(tokenizer, vocab_size=TEXT_VOCAB, layers=TEXT_LAYERS, hidden=TEXT_HIDDEN),
         transformer=_build_transformer(),
         vae=_build_vae(),
         scheduler=build_scheduler(),
@@ -108,15 +109,20 @@ def _build_pipeline() -> Cosmos2_5_PredictBasePipeline:
     )
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE: any text is representable, and common words are one token, so captions fit in 512."""
+def build_tokenizer(captions: Sequence[str] = (), *, vocab_size: int) -> Qwen2Tokenizer:
+    """Byte-level BPE: any text is representable, and common words are one token, so captions fit in 512.
+
+    captions: further text to find common words in. vocab_size: tokens, the special ones included.
+    """
     corpus = [
         SYSTEM_PROMPT,
         DEFAULT_NEGATIVE_PROMPT,
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n",
     ] * 2
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(corpus, vocab_size=TEXT_VOCAB - len(SPECIAL_TOKENS), min_frequency=2, show_progress=False)
+    bpe.train_from_iterator(
+        [*corpus, *captions], vocab_size=vocab_size - len(SPECIAL_TOKENS), min_frequency=2, show_progress=False
+    )
     model = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
@@ -130,16 +136,22 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def build_text_encoder(
+    tokenizer: Qwen2Tokenizer, *, vocab_size: int, layers: int, hidden: int, tied: bool = False
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL of `layers` text layers, `hidden` wide; its other sizes are as small as the class allows.
+
+    tied: tokens are embedded and predicted by the same weights.
+    """
     token_id = tokenizer.convert_tokens_to_ids
     heads, kv_heads = 4, 2
-    head_dim = TEXT_HIDDEN // heads
+    head_dim = hidden // heads
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": TEXT_VOCAB,
-            "hidden_size": TEXT_HIDDEN,
-            "intermediate_size": 2 * TEXT_HIDDEN,
-            "num_hidden_layers": TEXT_LAYERS,
+            "vocab_size": vocab_size,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "max_position_embeddings": 2048,
@@ -157,9 +169,10 @@ def _build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGe
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_heads": 2,
-            "out_hidden_size": TEXT_HIDDEN,
+            "out_hidden_size": hidden,
             "fullatt_block_indexes": [0],
         },
+        tie_word_embeddings=tied,
         vision_start_token_id=token_id("<|vision_start|>"),
         vision_end_token_id=token_id("<|vision_end|>"),
         image_token_id=token_id("<|image_pad|>"),

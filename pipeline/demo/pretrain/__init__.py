@@ -1,0 +1,1 @@
+"""How the embedded model's weights were made; `python -m pipeline.demo.pretrain` makes them again."""
