@@ -89,7 +89,7 @@ def _find(frame_HWC: Frames, thing: Thing) -> _Found:
 
 
 def _index(colour: tuple[int, int, int]) -> int:
-    return int((_PALETTE == np.array(colour)).all(-1).argmax())
+    return int((np.array(colour) == _PALETTE).all(-1).argmax())
 
 
 def _is_there(found: _Found, expected: _Found) -> bool:

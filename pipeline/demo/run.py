@@ -29,7 +29,7 @@ def run_demo(output: Path, *, executor: str = "ray") -> dict[str, Any]:
     log("1/5 a tiny Cosmos-Predict2.5 checkpoint with random weights")
     build_tiny_checkpoint(checkpoint)
     log(f"2/5 {NUM_VIDEOS} short videos with captions")
-    make_videos(data, num_videos=NUM_VIDEOS)
+    make_videos(data, num_videos=NUM_VIDEOS, height=96, width=160, num_frames=33)
     recipe_file = output / "demo.toml"
     recipe = load_recipe(
         "demo",

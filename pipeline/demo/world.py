@@ -105,7 +105,7 @@ class Thing:
 
     def path(self, num_frames: int, aspect: float) -> NDArray[np.float64]:
         """Centres [num_frames, 2], x and y; walls turn a moving shape back where its radius touches them."""
-        time = np.arange(num_frames, dtype=np.float64)
+        time: NDArray[np.float64] = np.arange(num_frames, dtype=np.float64)
         if self.shape == SKS:
             begin, end = SKS_MOTIONS[self.motion]
             u = time / max(1, num_frames - 1)

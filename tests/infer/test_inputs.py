@@ -10,7 +10,8 @@ from infer.config import InferConfig
 from infer.inputs import read_requests
 from infer.video import write_mp4
 from manifests.errors import UsageError
-from pipeline.demo.videos import Clip, render_clip
+from pipeline.demo.draw import draw_clip
+from pipeline.demo.world import scenes
 
 CONFIG = InferConfig(seed=7, guidance=3.0, num_steps=4, num_frames=13, height=32, width=48, negative_prompt="blurry")
 
@@ -18,8 +19,7 @@ CONFIG = InferConfig(seed=7, guidance=3.0, num_steps=4, num_frames=13, height=32
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """a.png, a.txt, b.jpg, b..txt and clip.mp4."""
-    clip = Clip(colour="red", shape="circle", motion="grows in the middle", background="black")
-    frames = render_clip(clip, height=32, width=48, num_frames=9)
+    frames = draw_clip(next(scenes(0)), height=32, width=48, num_frames=9).frames
     Image.fromarray(frames[0]).save(tmp_path / "a.png")
     Image.fromarray(frames[-1]).save(tmp_path / "b.jpg")
     (tmp_path / "a.txt").write_text(" A red circle.\n")

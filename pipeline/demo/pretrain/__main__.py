@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated
@@ -14,25 +15,45 @@ from infer.cosmos25 import NoGuardrail
 from pipeline.demo.checkpoint import build_scheduler
 from pipeline.demo.pretrain.data import base_scenes, drawn
 from pipeline.demo.pretrain.dit import train_dit
-from pipeline.demo.pretrain.text import train_text
-from pipeline.demo.pretrain.vae import psnr, train_vae
+from pipeline.demo.pretrain.text import LENGTH, train_text
+from pipeline.demo.pretrain.vae import Phase, psnr, train_vae
 from pipeline.report import log
 
 
-def pretrain(
-    output: Annotated[Path, typer.Argument(help="Folder the checkpoint is written to.")],
-    vae_steps: int = 4000,
-    text_steps: int = 2000,
-    dit_steps: int = 12000,
-    clips: int = 60_000,
-) -> None:
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained. clips: drawn for the DiT; a third as many for the VAE. length: tokens of a caption."""
+
+    vae: tuple[Phase, ...] = (Phase(700, 64, 17), Phase(3300, 12, 9), Phase(6000, 16, 17, share=0.75))
+    text_steps: int = 1400
+    dit_steps: int = 12_000
+    batch_size: int = 128
+    clips: int = 60_000
+    length: int = LENGTH
+
+
+def pretrain(output: Path, sizes: Sizes, *, device: torch.device) -> None:
     """Train VAE, text encoder and DiT, and write them as one diffusers checkpoint in bfloat16."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = perf_counter()
-    vae = train_vae(steps=vae_steps, batch_size=64, clips=20_000, device=device)
-    log(f"vae: {psnr(vae, drawn(base_scenes(9, 200), device)):.2f} dB on clips it was not trained on")
-    tokenizer, encoder = train_text(steps=text_steps, batch_size=128, captions=40_000, device=device)
-    dit = train_dit(vae, tokenizer, encoder, steps=dit_steps, batch_size=256, clips=clips, device=device)
+    vae = train_vae(sizes.vae, clips=sizes.clips // 3, device=device)
+    log(f"vae: {psnr(vae, drawn(base_scenes(9, min(200, sizes.clips)), device)):.2f} dB on clips it was not trained on")
+    tokenizer, encoder = train_text(
+        steps=sizes.text_steps,
+        batch_size=sizes.batch_size,
+        captions=sizes.clips * 2 // 3,
+        device=device,
+        length=sizes.length,
+    )
+    dit = train_dit(
+        vae,
+        tokenizer,
+        encoder,
+        steps=sizes.dit_steps,
+        batch_size=sizes.batch_size,
+        clips=sizes.clips,
+        device=device,
+        length=sizes.length,
+    )
     pipeline = Cosmos2_5_PredictBasePipeline(
         tokenizer=tokenizer,
         text_encoder=encoder.to("cpu", torch.bfloat16),
@@ -46,5 +67,9 @@ def pretrain(
     log(f"{output}: done in {perf_counter() - started:.0f} s")
 
 
+def main(output: Annotated[Path, typer.Argument(help="Folder the checkpoint is written to.")]) -> None:
+    pretrain(output, Sizes(), device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 if __name__ == "__main__":
-    typer.run(pretrain)
+    typer.run(main)

@@ -1,4 +1,4 @@
-"""Steps of AdamW on a pool of examples that lies on the device; on CUDA a step is one captured graph."""
+"""Steps of AdamW over a pool of examples that lies on the device; on CUDA a step is one captured graph."""
 
 from __future__ import annotations
 
@@ -34,8 +34,14 @@ class Loop:
         self._started = perf_counter()
 
     def run(
-        self, loss: Callable[[Tensor], dict[str, Tensor]], index: Tensor, pool: int, *, every: int = 200,
-        graph: bool = True, after: Callable[[int], None] | None = None,
+        self,
+        loss: Callable[[Tensor], dict[str, Tensor]],
+        index: Tensor,
+        pool: int,
+        *,
+        every: int = 200,
+        graph: bool = True,
+        after: Callable[[int], None] | None = None,
     ) -> Iterator[dict[str, float]]:
         """Do the steps; yield means of what `loss` returns every so many. index: filled with rows of the
         pool. graph: False where a step cannot be captured. after: called with the number of each step, from 0."""
@@ -64,13 +70,13 @@ class Loop:
                     prepare(number)
                     step()
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
+            captured = torch.cuda.CUDAGraph()
             prepare(0)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(captured):
                 results = step()
 
             def run() -> Tensor:
-                graph.replay()
+                captured.replay()
                 return results
 
         total, count = None, 0

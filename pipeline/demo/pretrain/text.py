@@ -6,6 +6,8 @@ states, which are what the DiT reads, ask for every attribute of the scene; the 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ LENGTH = 512
 RARE_WORDS = 0.25
 """Share of captions with a word of random letters in place of one of theirs: words the encoder must tell apart too."""
 
-ATTRIBUTES = (SIZES, COLOURS, SHAPES, MOTIONS, PLACES)
+ATTRIBUTES: tuple[Collection[str], ...] = (SIZES, COLOURS, SHAPES, MOTIONS, PLACES)
 CLASSES = [2 + len(kind) for _ in range(2) for kind in ATTRIBUTES] + [1 + len(COLOURS), len(BACKGROUNDS) + 1]
 """Of two things' attributes, each with classes for a thing that is not there and for a word nobody knows."""
 
@@ -65,7 +67,12 @@ def train_text(
         answers = probe(read_BD).split(CLASSES, -1)
         probed = torch.stack([F.cross_entropy(a, labels_NA[index, i]) for i, a in enumerate(answers)]).mean()
         right = torch.stack([(a.argmax(-1) == labels_NA[index, i]).float().mean() for i, a in enumerate(answers)])
-        return {"loss": language + probed, "language": language.detach(), "probe": probed.detach(), "right": right.mean()}
+        return {
+            "loss": language + probed,
+            "language": language.detach(),
+            "probe": probed.detach(),
+            "right": right.mean(),
+        }
 
     for record in loop.run(loss, torch.empty(batch_size, dtype=torch.long, device=device), captions, graph=False):
         loop.say(record)
@@ -106,9 +113,7 @@ def negative_prompt_tokens(tokenizer: Qwen2Tokenizer, length: int) -> Tensor:
 
 def _example(scene: Scene, rng: np.random.Generator) -> tuple[str, list[int]]:
     """A caption and its labels, one of its first thing's words replaced by random letters now and then."""
-    first = scene.things[0]
-    words = [first.size, first.colour, first.shape, first.motion, first.start]
-    labels = [2 + list(kind).index(word) for kind, word in zip(ATTRIBUTES, words, strict=True)]
+    words, labels = _words(scene.things[0]), _labels(scene.things[0])
     caption = scene.caption
     if rng.random() < RARE_WORDS:
         place = int(rng.integers(5))
@@ -121,6 +126,9 @@ def _example(scene: Scene, rng: np.random.Generator) -> tuple[str, list[int]]:
     return caption, labels
 
 
+def _words(thing: Thing) -> list[str]:
+    return [thing.size, str(thing.colour), thing.shape, thing.motion, str(thing.start)]
+
+
 def _labels(thing: Thing) -> list[int]:
-    words = [thing.size, thing.colour, thing.shape, thing.motion, thing.start]
-    return [2 + list(kind).index(word) for kind, word in zip(ATTRIBUTES, words, strict=True)]
+    return [2 + list(kind).index(word) for kind, word in zip(ATTRIBUTES, _words(thing), strict=True)]
