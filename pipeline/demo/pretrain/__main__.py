@@ -24,7 +24,7 @@ from pipeline.report import log
 class Sizes:
     """How much is trained. clips: drawn for the DiT; a third as many for the VAE. length: tokens of a caption."""
 
-    vae: tuple[Phase, ...] = (Phase(700, 64, 17), Phase(3300, 12, 9), Phase(6000, 16, 17, share=0.75))
+    vae: tuple[Phase, ...] = (Phase(8000, 16, 17, share=0.75),)
     text_steps: int = 1400
     dit_steps: int = 12_000
     batch_size: int = 128
@@ -33,9 +33,13 @@ class Sizes:
 
 
 def pretrain(output: Path, sizes: Sizes, *, device: torch.device) -> None:
-    """Train VAE, text encoder and DiT, and write them as one diffusers checkpoint in bfloat16."""
+    """Train VAE, text encoder and DiT, and write them as one diffusers checkpoint in bfloat16.
+
+    The first two are also written, in float32, as soon as they are there: a run that is cut off has not lost them.
+    """
     started = perf_counter()
     vae = train_vae(sizes.vae, clips=sizes.clips // 3, device=device)
+    vae.save_pretrained(output / "vae")
     log(f"vae: {psnr(vae, drawn(base_scenes(9, min(200, sizes.clips)), device)):.2f} dB on clips it was not trained on")
     tokenizer, encoder = train_text(
         steps=sizes.text_steps,
@@ -44,6 +48,8 @@ def pretrain(output: Path, sizes: Sizes, *, device: torch.device) -> None:
         device=device,
         length=sizes.length,
     )
+    tokenizer.save_pretrained(output / "tokenizer")
+    encoder.save_pretrained(output / "text_encoder")
     dit = train_dit(
         vae,
         tokenizer,
