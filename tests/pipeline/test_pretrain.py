@@ -1,10 +1,12 @@
 """The scripts that made the embedded model: what they compute is what the real parts compute, and they learn."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import Cosmos2_5_PredictBasePipeline
+from safetensors.torch import load_file
 
 from encode.config import EncodeConfig
 from encode.cosmos25 import TextEncoder
@@ -75,6 +77,12 @@ def test_one_command_writes_a_checkpoint_that_the_real_code_loads(tmp_path: Path
     assert len(set(pipe.vae.config.latents_std)) == 16
     written = sum(path.stat().st_size for path in (tmp_path / "model").rglob("*") if path.is_file())
     assert written < 12e6
+    weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    before = load_file(weights)
+    shutil.rmtree(tmp_path / "model" / "transformer")
+    pretrain(tmp_path / "model", sizes, device=CPU)  # what is there is not trained again
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(weights).items())
+    assert (tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
     captions = ["A red circle.", "Anything else, é."]
     config = EncodeConfig(cache=str(tmp_path), dtype="float32", text="raw")
     expected = TextEncoder(ModelConfig(path=str(tmp_path / "model")), config, CPU).encode(captions)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import Cosmos2_5_PredictBasePipeline
+from diffusers import AutoencoderKLWan, Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from infer.cosmos25 import NoGuardrail
 from pipeline.demo.checkpoint import build_scheduler
@@ -35,42 +37,61 @@ class Sizes:
 def pretrain(output: Path, sizes: Sizes, *, device: torch.device) -> None:
     """Train VAE, text encoder and DiT, and write them as one diffusers checkpoint in bfloat16.
 
-    The first two are also written, in float32, as soon as they are there: a run that is cut off has not lost them.
+    Parts that are in `output` already are not trained again, so a run that was cut off goes on with the next part; the
+    DiT is trained on what the stored, rounded VAE and text encoder compute.
     """
     started = perf_counter()
-    vae = train_vae(sizes.vae, clips=sizes.clips // 3, device=device)
-    vae.save_pretrained(output / "vae")
-    log(f"vae: {psnr(vae, drawn(base_scenes(9, min(200, sizes.clips)), device)):.2f} dB on clips it was not trained on")
-    tokenizer, encoder = train_text(
-        steps=sizes.text_steps,
-        batch_size=sizes.batch_size,
-        captions=sizes.clips * 2 // 3,
-        device=device,
-        length=sizes.length,
-    )
-    tokenizer.save_pretrained(output / "tokenizer")
-    encoder.save_pretrained(output / "text_encoder")
-    dit = train_dit(
-        vae,
-        tokenizer,
-        encoder,
-        steps=sizes.dit_steps,
-        batch_size=sizes.batch_size,
-        clips=sizes.clips,
-        device=device,
-        length=sizes.length,
-    )
+    if not (output / "vae").is_dir():
+        _store(train_vae(sizes.vae, clips=sizes.clips // 3, device=device), output / "vae")
+    vae = AutoencoderKLWan.from_pretrained(output, subfolder="vae", torch_dtype=torch.float32).to(device).eval()
+    clips = drawn(base_scenes(9, min(200, sizes.clips)), device)
+    log(f"vae: {psnr(vae, clips):.2f} dB on clips it was not trained on")
+    if not (output / "text_encoder").is_dir():
+        tokenizer, encoder = train_text(
+            steps=sizes.text_steps,
+            batch_size=sizes.batch_size,
+            captions=sizes.clips * 2 // 3,
+            device=device,
+            length=sizes.length,
+        )
+        tokenizer.save_pretrained(output / "tokenizer")
+        _store(encoder, output / "text_encoder")
+    tokenizer = AutoTokenizer.from_pretrained(output, subfolder="tokenizer")
+    encoder = _text_encoder(output, torch.float32).to(device).eval()
+    if not (output / "transformer").is_dir():
+        train_dit(
+            vae,
+            tokenizer,
+            encoder,
+            steps=sizes.dit_steps,
+            batch_size=sizes.batch_size,
+            clips=sizes.clips,
+            device=device,
+            length=sizes.length,
+            save=lambda dit: _store(dit, output / "transformer"),
+        )
     pipeline = Cosmos2_5_PredictBasePipeline(
         tokenizer=tokenizer,
-        text_encoder=encoder.to("cpu", torch.bfloat16),
-        transformer=dit.to("cpu", torch.bfloat16),
-        vae=vae.to("cpu", torch.bfloat16),
+        text_encoder=_text_encoder(output, torch.bfloat16),
+        transformer=CosmosTransformer3DModel.from_pretrained(
+            output, subfolder="transformer", torch_dtype=torch.bfloat16
+        ),
+        vae=AutoencoderKLWan.from_pretrained(output, subfolder="vae", torch_dtype=torch.bfloat16),
         scheduler=build_scheduler(),
         safety_checker=NoGuardrail(),
     )
     pipeline.register_modules(safety_checker=None)  # as in the released checkpoints: not a stored part
     pipeline.save_pretrained(output, safe_serialization=True)
     log(f"{output}: done in {perf_counter() - started:.0f} s")
+
+
+def _store(model: Any, folder: Path) -> None:
+    """Write a model's weights in bfloat16; the model itself keeps its own."""
+    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(folder)
+
+
+def _text_encoder(output: Path, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(output, subfolder="text_encoder", torch_dtype=dtype)
 
 
 def main(output: Annotated[Path, typer.Argument(help="Folder the checkpoint is written to.")]) -> None:

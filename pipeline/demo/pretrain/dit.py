@@ -7,6 +7,8 @@ of this one, so here whole batches are gathered from a pool on the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ OBJECTIVE = ObjectiveConfig()
 """The real model's, unchanged."""
 
 CONTEXT = 96
+SAVE_EVERY = 2000
+"""Steps."""
+
 NEGATIVE_SHARE = 0.1
 """Share of clips captioned with the default negative prompt, so that guidance away from it is away from no text."""
 
@@ -57,10 +62,23 @@ def build_dit() -> CosmosTransformer3DModel:
 
 
 def train_dit(
-    vae: AutoencoderKLWan, tokenizer: Qwen2Tokenizer, encoder: Qwen2_5_VLForConditionalGeneration, *, steps: int,
-    batch_size: int, clips: int, device: torch.device, length: int = LENGTH, lr: float = 1.5e-3, seed: int = 0,
-) -> CosmosTransformer3DModel:  # fmt: skip
-    """Train from scratch; return the average of the weights over the last steps. clips: drawn and encoded once."""
+    vae: AutoencoderKLWan,
+    tokenizer: Qwen2Tokenizer,
+    encoder: Qwen2_5_VLForConditionalGeneration,
+    *,
+    steps: int,
+    batch_size: int,
+    clips: int,
+    device: torch.device,
+    save: Callable[[CosmosTransformer3DModel], None],
+    length: int = LENGTH,
+    lr: float = 1.5e-3,
+    seed: int = 0,
+) -> None:
+    """Train from scratch. clips: drawn and encoded once.
+
+    save: called with the average of the weights over the last steps, now and then and at the end.
+    """
     torch.manual_seed(seed)
     vae, encoder = vae.to(device), encoder.to(device)
     found = base_scenes(4000 + seed, clips)
@@ -95,12 +113,15 @@ def train_dit(
             return {"loss": cosmos25.loss(dit, batch, OBJECTIVE).mean()}
 
     index = torch.empty(batch_size, dtype=torch.long, device=device)
-    for record in loop.run(loss, index, clips, every=500, after=ema.update):
+
+    def after(step: int) -> None:
+        ema.update(step)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            with ema.applied():
+                save(cosmos25.stock(dit))
+
+    for record in loop.run(loss, index, clips, every=500, after=after):
         loop.say(record)
-    with torch.no_grad():
-        for name, parameter in dit.named_parameters():
-            parameter.copy_(ema.averages[name])
-    return cosmos25.stock(dit).eval()
 
 
 def _normalised(vae: AutoencoderKLWan, frames_NTHWC: Tensor) -> Tensor:
