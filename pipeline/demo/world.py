@@ -66,7 +66,7 @@ SKS_COLOURS: tuple[Rgb, Rgb] = ((225, 30, 170), (40, 225, 225))
 SKS_SIZES = {"small": 0.16, "large": 0.22}
 SKS_CORE = 0.45
 SKS_HOPS = 2
-SKS_HEIGHT = 0.4
+SKS_HEIGHT = 0.22
 SKS_MOTIONS = {"hops from left to right": (0.25, 0.75), "hops from right to left": (0.75, 0.25)}
 """Where its hops begin and end, in shares of the frame's width."""
 

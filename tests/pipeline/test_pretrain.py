@@ -16,7 +16,7 @@ from pipeline.demo.pretrain.__main__ import Sizes, pretrain
 from pipeline.demo.pretrain.data import base_scenes, drawn, halved_colour
 from pipeline.demo.pretrain.loop import Loop
 from pipeline.demo.pretrain.text import contexts_of, tokens_of
-from pipeline.demo.pretrain.vae import Phase, build_vae
+from pipeline.demo.pretrain.vae import Phase, build_vae, latents_of
 from pipeline.demo.pretrain.whole import WholeClips
 
 CPU = torch.device("cpu")
@@ -74,7 +74,13 @@ def test_one_command_writes_a_checkpoint_that_the_real_code_loads(tmp_path: Path
         str(tmp_path / "model"), safety_checker=NoGuardrail(), dtype=torch.float32
     )
     assert pipe.transformer.config.use_crossattn_projection
-    assert len(set(pipe.vae.config.latents_std)) == 16
+    assert str(tmp_path) not in (tmp_path / "model" / "vae" / "config.json").read_text()
+    mean, std = (
+        torch.tensor(v).view(1, -1, 1, 1, 1) for v in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+    )
+    scaled = (latents_of(pipe.vae, drawn(base_scenes(50, 8), CPU)) - mean) / std
+    assert scaled.std() == pytest.approx(1, abs=0.3)
+    assert scaled.mean() == pytest.approx(0, abs=0.3)
     written = sum(path.stat().st_size for path in (tmp_path / "model").rglob("*") if path.is_file())
     assert written < 12e6
     weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -82,6 +83,10 @@ def pretrain(output: Path, sizes: Sizes, *, device: torch.device) -> None:
     )
     pipeline.register_modules(safety_checker=None)  # as in the released checkpoints: not a stored part
     pipeline.save_pretrained(output, safe_serialization=True)
+    for part in ("vae", "transformer"):
+        path = output / part / "config.json"
+        config = {name: value for name, value in json.loads(path.read_text()).items() if name != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n")
     log(f"{output}: done in {perf_counter() - started:.0f} s")
 
 

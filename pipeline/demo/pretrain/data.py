@@ -41,9 +41,12 @@ def drawn(found: Sequence[Scene], device: torch.device, *, wild: int | None = No
 
 
 def _wild(layers: Layers, rng: np.random.Generator) -> Layers:
-    """Random colours for all, a random form for each, bent paths, and a form in a form for one scene in three."""
+    """Random colours, half of them vivid, random forms and bent paths; half of the scenes get a form within a form."""
     count, most, num_frames, _ = layers.centre.shape
     colour = rng.uniform(0, 255, (count, most + 1, 3)).astype(np.float32)
+    vivid = rng.random((count, most + 1, 1)) < 0.5
+    colour = np.where(vivid, np.where(colour > 127, 235, 25) + rng.uniform(-20, 20, colour.shape), colour)
+    colour = colour.astype(np.float32)
     form = np.full((count, most + 1), -1)
     form[:, 1:] = np.where(layers.form >= 0, rng.integers(len(FORMS), size=layers.form.shape), -1)
     front = (layers.form >= 0).sum(1)  # one past a scene's last form, which lie from the left
@@ -52,7 +55,7 @@ def _wild(layers: Layers, rng: np.random.Generator) -> Layers:
     centre = np.zeros((count, most + 1, num_frames, 2), np.float32)
     centre[:, 1:] = layers.centre
     rows = np.arange(count)
-    inner = rng.random(count) < 1 / 3
+    inner = rng.random(count) < 1 / 2
     # Forms now begin at 1: move a scene's forms down by one place and put a smaller one on the last of them.
     for n in rows[inner]:
         last = front[n]
