@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from train.attention import SAVED_OPS
+from train.fp8 import MATMUL
 
 Level = Literal["full", "attention", "products", "none"]
 Policy = Literal["auto", "none", "selective", "full"]
@@ -35,7 +36,7 @@ POLICY_LEVELS: dict[Policy, Level] = {"none": "none", "selective": "attention", 
 # What a level keeps of a block, and what a block needs while its backward pass runs, in values a token and hidden
 # channel. Measured on an H200 with the 2B model at 31,104 tokens (benchmarks/results); `auto` measures its own.
 KEPT_VALUES: dict[Level, float] = {"full": 1.0, "attention": 3.1, "products": 12.7, "none": 25.0}
-WORKING_VALUES = 32.0
+WORKING_VALUES: dict[Level, float] = {"full": 32.0, "attention": 32.0, "products": 32.0, "none": 32.0}
 
 # Adapters rarely reach this rank; the products that touch it are a few per mille of a block's memory.
 _LOW_RANK = 512
@@ -46,20 +47,21 @@ _MATRIX_PRODUCTS = ("aten.mm.default", "aten.addmm.default")
 class MemoryPlan:
     """Levels by block, and the bytes they were chosen by.
 
-    resident: weights, gradients and optimizer state. kept: by level, of one block. working: the most a block needs
-    beside what is kept. limit: bytes the run may use, None if nothing was measured.
+    resident: weights, gradients and optimizer state. kept: by level, of one block. working: by level, the most a block
+    needs beside what it keeps. limit: bytes the run may use, None if nothing was measured.
     """
 
     levels: tuple[Level, ...]
     resident: int
     kept: dict[Level, int]
-    working: int
+    working: dict[Level, int]
     limit: int | None
 
     @property
     def peak(self) -> int:
-        """Predicted peak, bytes."""
-        return self.resident + sum(self.kept[level] for level in self.levels) + self.working
+        """Predicted peak, bytes: when a block works, those after it keep nothing, or nothing any more."""
+        kept = itertools.accumulate(self.kept[level] for level in self.levels)
+        return self.resident + max(sum(pair) for pair in zip(kept, map(self.working.get, self.levels), strict=True))
 
     def describe(self) -> str:
         counts = Counter(self.levels)
@@ -68,17 +70,17 @@ class MemoryPlan:
         return f"activation: {mix}; predicted peak {self.peak / 2**30:.1f} GiB{limit}"
 
 
-def choose_levels(num_blocks: int, *, resident: int, kept: dict[Level, int], working: int, limit: int) -> MemoryPlan:
-    """Give every block the richest level that fits; the poorest for all if nothing does."""
-    room = limit - resident - working
-    for poor, rich in reversed(list(itertools.pairwise(LEVELS))):
-        if poor not in kept or rich not in kept:
-            continue
-        spare = room - num_blocks * kept[poor]
-        if spare >= 0:
-            count = min(num_blocks, spare // max(1, kept[rich] - kept[poor]))
+def choose_levels(
+    num_blocks: int, *, resident: int, kept: dict[Level, int], working: dict[Level, int], limit: int
+) -> MemoryPlan:
+    """Give every block the richest level that fits, the last blocks first: the backward pass frees what they keep
+    before it gets to the others. The poorest level for all if nothing fits."""
+    for poor, rich in reversed(list(itertools.pairwise(level for level in LEVELS if level in kept))):
+        for count in range(num_blocks, -1, -1):
             levels = (poor,) * (num_blocks - count) + (rich,) * count
-            return MemoryPlan(levels, resident, kept, working, limit)
+            plan = MemoryPlan(levels, resident, kept, working, limit)
+            if plan.peak <= limit:
+                return plan
     return MemoryPlan((LEVELS[0],) * num_blocks, resident, kept, working, limit)
 
 
@@ -88,7 +90,8 @@ def estimate(
     """Predict the memory of a policy without a device, from `KEPT_VALUES`; tokens are of one micro-batch."""
     value = tokens * hidden_size * itemsize
     kept = {name: int(value * values) for name, values in KEPT_VALUES.items()}
-    return MemoryPlan((level,) * num_blocks, resident, kept, int(value * WORKING_VALUES), None)
+    working = {name: int(value * values) for name, values in WORKING_VALUES.items()}
+    return MemoryPlan((level,) * num_blocks, resident, kept, working, None)
 
 
 def set_levels(blocks: Sequence[nn.Module], levels: Sequence[Level], *, compiled: bool) -> None:
@@ -98,27 +101,40 @@ def set_levels(blocks: Sequence[nn.Module], levels: Sequence[Level], *, compiled
         block.forward = partial(runs[level], block)
 
 
-def measure(block: nn.Module, inputs: tuple[Tensor, ...], levels: Sequence[Level]) -> tuple[dict[Level, int], int]:
-    """Run one block forward and backward at each level: bytes kept, by level, and the most needed beside them.
+def measure(
+    block: nn.Module, inputs: tuple[Tensor, ...], levels: Sequence[Level]
+) -> tuple[dict[Level, int], dict[Level, int]]:
+    """Run one block forward and backward at each level: bytes kept, and the most needed beside them, by level.
+
+    A level that the device has not enough memory for, with this one block alone, is left out.
 
     block, inputs: on a CUDA device, the first input requiring a gradient.
     """
     device = inputs[0].device
     kept: dict[Level, int] = {}
-    working = 0
+    working: dict[Level, int] = {}
     for level in levels:
         set_levels([block], [level], compiled=True)
-        for _ in range(2):  # the first run compiles
-            before = torch.cuda.memory_allocated(device)
-            output = block(*inputs)
-            kept[level] = torch.cuda.memory_allocated(device) - before
-            torch.cuda.reset_peak_memory_stats(device)
-            output.backward(torch.ones_like(output))
-            working = max(working, torch.cuda.max_memory_allocated(device) - before - kept[level])
-            del output
-            block.zero_grad(set_to_none=True)
-            inputs[0].grad = None
+        try:
+            for _ in range(2):  # the first run compiles
+                kept[level], working[level] = _measure_once(block, inputs, device)
+        except torch.OutOfMemoryError:
+            kept.pop(level, None)
+        block.zero_grad(set_to_none=True)
+        inputs[0].grad = None
     del block.forward
+    return kept, working
+
+
+def _measure_once(block: nn.Module, inputs: tuple[Tensor, ...], device: torch.device) -> tuple[int, int]:
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    output = block(*inputs)
+    kept = torch.cuda.memory_allocated(device) - before
+    output.backward(torch.ones_like(output))
+    working = torch.cuda.max_memory_allocated(device) - before - kept
+    block.zero_grad(set_to_none=True)
+    inputs[0].grad = None
     return kept, working
 
 
@@ -146,6 +162,8 @@ def _keep(level: Level, _: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
     name = str(op)
     if name in SAVED_OPS:
         return CheckpointPolicy.MUST_SAVE
+    if name == MATMUL:
+        return CheckpointPolicy.MUST_SAVE if level == "products" else CheckpointPolicy.PREFER_RECOMPUTE
     if name in _MATRIX_PRODUCTS:
         left, right = args[-2:]
         if level == "products" or min(left.shape[0], right.shape[1]) <= _LOW_RANK:

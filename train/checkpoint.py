@@ -89,6 +89,7 @@ def fixed_settings(
         "ema": config.ema.kind != "none",
         "trainable": bool(config.trainable),
         "frozen": bool(config.frozen),
+        "base_linears": config.base_linears != "dtype",
     }
     for name in (*_FIXED, *(name for name, used in optional.items() if used)):
         value = getattr(config, name)

@@ -172,6 +172,9 @@ class TrainConfig:
     trainable, frozen: shell-style patterns of parameter names, in diffusers' naming or NVIDIA's, that train besides
     what the method trains, or do not after all; each must match something.
     dtype: of the frozen base and of all computing; what trains, and optimizer state, are float32 always.
+    base_linears: how the wide linear layers of a frozen base compute. `dtype`: in `dtype`. `fp8`: in 8-bit floating
+    point with a scale a row, forward and input gradient, while adapters stay as they are; faster and a little less
+    exact (benchmarks/results/fp8_*.md), for `dtype = bfloat16`, a base whole on each rank and GPUs from Ada and Hopper.
     activation: what blocks keep for the backward pass. `full` recomputes all of each block, `selective` all but
     attention, `none` nothing; `auto` measures and fills the device's memory (on a CPU: `none`).
     memory_limit_gib: what `auto` may fill; null means 92% of the device.
@@ -194,6 +197,7 @@ class TrainConfig:
     micro_batch_size: int = Field(default=1, ge=1)
     seed: int = 0
     dtype: Dtype = "bfloat16"
+    base_linears: Literal["dtype", "fp8"] = "dtype"
     method: Method | tuple[Method, ...] = "lora"
     lora: LoraConfig = Field(default_factory=LoraConfig)
     adapters: AdaptersConfig = Field(default_factory=AdaptersConfig)

@@ -29,6 +29,7 @@ from train.dit import accelerate, block_inputs, flops_per_sample
 __all__ = [
     "DEFAULT_TARGETS",
     "ORIGINAL_NAMES",
+    "TOKEN_LINEARS",
     "Draw",
     "attention_shape",
     "base_digest",
@@ -53,6 +54,12 @@ __all__ = [
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 """The linear layers diffusers' recipe adapts: self- and cross-attention, and the MLP."""
+
+TOKEN_LINEARS = (
+    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj",
+    "ff.net.2",
+)  # fmt: skip
+"""The linear layers of a block that work on every token, nearly all of its weights; others see text or time."""
 
 _PROJECTION = "crossattn_proj"
 

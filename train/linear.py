@@ -2,7 +2,7 @@
 
 peft's own forward casts the layer's input to the adapter's float32 and multiplies each projection on its own. Here
 the adapter's float32 masters are cast down to the activation's dtype at use (as autocast would), and projections
-that share an input share one base GEMM and one stacked A.
+that share an input share one base GEMM and one stacked A. Layers whose base is in 8 bits go to `train.fp8`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+
+from train.fp8 import Fp8Linear, fp8_linear
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -29,23 +31,30 @@ def stacked_linear(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...
     """
     if not all(_is_plain(module) for module in modules):
         return tuple(module(x) for module in modules)
-    weights = [_base(module).weight for module in modules]
-    widths = [weight.shape[0] for weight in weights]
+    bases = [_base(module) for module in modules]
+    widths = [base.out_features for base in bases]
+    adapters = [_adapters(module) for module in modules]
+    downs = [down for pairs in adapters for _, down, _ in pairs]
+    down = torch.cat(downs).to(x.dtype) if downs else None
+    up = _block_diagonal(adapters, widths).to(x.dtype) if downs else None
+    if isinstance(bases[0], Fp8Linear):
+        y = fp8_linear(bases, x, down, up)
+    else:
+        y = _plain_linear(bases, x, down, up)
+    outputs = y.split(widths, -1)
+    return tuple(_with_magnitude(module, output) for module, output in zip(modules, outputs, strict=True))
+
+
+def _plain_linear(bases: Sequence[nn.Module], x: Tensor, down: Tensor | None, up: Tensor | None) -> Tensor:
+    weights = [base.weight for base in bases]
     trained = any(weight.requires_grad for weight in weights)
     weights = [weight.to(x.dtype) for weight in weights]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    adapters = [_adapters(module) for module in modules]
-    downs = [down for pairs in adapters for _, down, _ in pairs]
-    if not downs:
-        return F.linear(x, weight).split(widths, -1)
-    down = torch.cat(downs).to(x.dtype)
-    up = _block_diagonal(adapters, widths).to(x.dtype)
+    if down is None or up is None:
+        return F.linear(x, weight)
     if trained:
-        y = F.linear(x, weight) + F.linear(F.linear(x, down), up)
-    else:
-        y = _AdaptedLinear.apply(x.flatten(0, -2), weight, down, up).unflatten(0, x.shape[:-1])
-    outputs = y.split(widths, -1)
-    return tuple(_with_magnitude(module, output) for module, output in zip(modules, outputs, strict=True))
+        return F.linear(x, weight) + F.linear(F.linear(x, down), up)
+    return _AdaptedLinear.apply(x.flatten(0, -2), weight, down, up).unflatten(0, x.shape[:-1])
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -81,7 +90,7 @@ def _is_plain(module: nn.Module) -> bool:
     if _base(module).bias is not None:
         return False
     if not isinstance(module, LoraLinear):
-        return type(module) is nn.Linear
+        return type(module) in (nn.Linear, Fp8Linear)
     names = _names(module)
     drops = any(module.training and not isinstance(module.lora_dropout[name], nn.Identity) for name in names)
     variants = any(name in module.lora_variant and not module.use_dora[name] for name in names)
@@ -129,6 +138,8 @@ def _with_magnitude(module: nn.Module, y: Tensor) -> Tensor:
             continue
         magnitude = module.lora_magnitude_vector[name].weight
         with torch.no_grad():
-            norm = torch.linalg.vector_norm(_base(module).weight.float() + up.float() @ down.float(), dim=1)
+            base = _base(module)
+            weight = base.whole() if isinstance(base, Fp8Linear) else base.weight.float()
+            norm = torch.linalg.vector_norm(weight + up.float() @ down.float(), dim=1)
         y = y * (magnitude / norm).to(y.dtype)
     return y

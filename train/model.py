@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, get_args
@@ -10,6 +11,7 @@ from typing import Any, get_args
 import torch
 
 from manifests.config import ModelConfig
+from manifests.errors import LatentlineError, UsageError
 from manifests.family import find_family
 from manifests.snapshot import Snapshot
 from train.activation import (
@@ -26,7 +28,8 @@ from train.activation import (
 )
 from train.attention import Kernel, choose_kernel, use_kernel
 from train.config import TrainConfig
-from train.context_parallel import sharing
+from train.context_parallel import MOST_RANKS, sharing
+from train.fp8 import check_device, quantise_base
 from train.methods import (
     apply_methods,
     bytes_per_trained,
@@ -47,7 +50,7 @@ class Built:
     """The transformer on its device, the attention kernel it runs, and what its activations were planned to take.
 
     flops_per_sample: model FLOP of a step (`train.flops`), the mean over the snapshot's samples. methods: what trains,
-    for people.
+    for people. limit: bytes of the device that the run may use. halves: whether twice the ranks can share each sample.
     """
 
     transformer: torch.nn.Module
@@ -55,28 +58,41 @@ class Built:
     plan: MemoryPlan
     flops_per_sample: float
     methods: str
+    limit: int
+    halves: bool
 
     def describe(self) -> str:
         return f"{self.methods}\nattention: {self.kernel}; {self.plan.describe()}"
 
     def out_of_memory(self, config: TrainConfig) -> str:
-        """Say which settings would fit, and what they are predicted to take."""
-        plan, num_blocks = self.plan, len(self.plan.levels)
-        static = plan.resident
-        smallest = static + num_blocks * plan.kept["full"] + plan.working
-        activations = smallest - static
-        options = [f"train.activation=full (predicted {smallest / 2**30:.1f} GiB)"]
+        """Say which three settings would fit, and what they are predicted to take."""
+        least = replace(self.plan, levels=("full",) * len(self.plan.levels))
+        static, activations = least.resident, least.peak - least.resident
+        ranks = 2 * config.context_parallel
+        options = {"train.activation=full": 1.0}
         if config.micro_batch_size > 1:
-            single = static + activations // config.micro_batch_size
-            options.append(f"train.micro_batch_size=1 with it ({single / 2**30:.1f} GiB)")
-        options.append(f"encode.num_frames halved with it ({(static + activations // 2) / 2**30:.1f} GiB)")
-        options.append("train.parallel=shard under torchrun, which divides the weights by the ranks")
-        return f"out of GPU memory with {plan.describe()}; what would fit: {'; '.join(options[:3])}"
+            options["train.micro_batch_size=1"] = 1 / config.micro_batch_size
+        if self.halves:
+            options[f"train.context_parallel={ranks} on {ranks} GPUs a sample"] = 0.5
+        options["encode.num_frames halved"] = 0.5
+        options["encode.height and encode.width halved"] = 0.25
+        if self.plan.levels == least.levels:
+            del options["train.activation=full"]
+        sizes = {text: static + int(activations * share) for text, share in options.items()}
+        fitting = [text for text, size in sizes.items() if size <= self.limit][:3]
+        told = "; ".join(f"{text} (predicted {sizes[text] / 2**30:.1f} GiB)" for text in fitting)
+        if not fitting:
+            told = f"nothing: the weights alone take {static / 2**30:.1f} GiB; train.parallel=shard divides them by GPUs"
+        elif len(fitting) > 1 or "train.activation=full" not in fitting:
+            told += "; each with train.activation=full"
+        return f"out of GPU memory with {self.plan.describe()}, {self.limit / 2**30:.1f} GiB usable; would fit: {told}"
 
 
 def build(model: ModelConfig, config: TrainConfig, family: ModuleType, ranks: Ranks, snapshot: Snapshot) -> Built:
     """Load the base, apply the methods (equal on every rank), plan its memory, put it on this rank's device."""
     dtype = DTYPES[config.dtype]
+    if config.base_linears == "fp8":
+        check_device(ranks.device)
     projected = family.is_projected(snapshot)
     transformer = family.load_transformer(model, torch.float32 if trains_base(config) else dtype, projected=projected)
     apply_methods(transformer, config, family)
@@ -84,6 +100,9 @@ def build(model: ModelConfig, config: TrainConfig, family: ModuleType, ranks: Ra
     weights = count_weights(transformer)
     base_bytes = weights.frozen_bytes(dtype.itemsize) + weights.base * (bytes_per_trained(config) + dtype.itemsize)
     mode = choose_mode(config.parallel, ranks, base_bytes)
+    if config.base_linears == "fp8":
+        _check_whole(mode)
+        quantise_base(family.blocks(transformer), family.TOKEN_LINEARS, ranks.device)
     shape = max(snapshot.shapes, key=lambda shape: family.num_tokens(transformer, shape))
     kernels = get_args(Kernel)
     measured = choose_kernel(family.attention_shape(transformer, shape), dtype, ranks.device)
@@ -101,13 +120,46 @@ def build(model: ModelConfig, config: TrainConfig, family: ModuleType, ranks: Ra
     set_levels(blocks, plan.levels, compiled=ranks.device.type == "cuda")
     methods = describe_methods(config, transformer, projected=projected)
     place(transformer, blocks, mode, ranks, dtype)
-    return Built(transformer.train(), kernel, plan, flops, methods)
+    tokens = [family.num_tokens(transformer, shape) for shape in snapshot.shapes]
+    halves = 2 * config.context_parallel <= MOST_RANKS and not any(n % (2 * config.context_parallel) for n in tokens)
+    return Built(transformer.train(), kernel, plan, flops, methods, _usable_bytes(config, ranks.device), halves)
+
+
+def _usable_bytes(config: TrainConfig, device: torch.device) -> int:
+    """What the run may fill: as told, or 92% of the device, or of the part of it this process is held to."""
+    if config.memory_limit_gib:
+        return int(config.memory_limit_gib * 2**30)
+    if device.type != "cuda":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(0.92 * total * torch.cuda.get_per_process_memory_fraction(device))
 
 
 def _compute_frozen_in(transformer: torch.nn.Module, dtype: torch.dtype) -> None:
     for parameter in transformer.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+
+
+def _check_whole(mode: str) -> None:
+    if mode in ("shard", "hybrid"):
+        raise UsageError(
+            f"train.base_linears = fp8 keeps the base whole on each rank, and train.parallel is {mode}; "
+            "set that to replicate, or base_linears to dtype"
+        )
+
+
+def _check_base_linears(config: TrainConfig) -> None:
+    if config.base_linears == "dtype":
+        return
+    _check_whole(config.parallel)
+    if trains_base(config):
+        raise UsageError(
+            "train.base_linears = fp8 is for a frozen base, and weights of the base train here; set it to dtype, or "
+            "leave out train.method = full and train.trainable"
+        )
+    if config.dtype != "bfloat16":
+        raise UsageError(f"train.base_linears = fp8 goes with train.dtype = bfloat16, not {config.dtype}")
 
 
 def _copy_formula(trained_base: int, itemsize: int) -> str:
@@ -137,9 +189,13 @@ def _plan_memory(
             transformer, (config.micro_batch_size, *shape), snapshot.fingerprints["context"]["length"], device
         )
         kept, working = measure(block, inputs, LEVELS)
-        limit = config.memory_limit_gib
-        allowed = int(limit * 2**30) if limit else int(0.92 * torch.cuda.get_device_properties(device).total_memory)
-        return choose_levels(num_blocks, resident=resident, kept=kept, working=working, limit=allowed)
+        if "full" not in kept:
+            raise LatentlineError(
+                f"out of GPU memory with one block of the model alone, at samples of {'x'.join(map(str, shape))} latents; "
+                "encode smaller or fewer frames, or share samples with train.context_parallel"
+            )
+        limit = _usable_bytes(config, device)
+        return choose_levels(num_blocks, resident=resident, kept=kept, working=working, limit=limit)
     level: Level = "none" if config.activation == "auto" else POLICY_LEVELS[config.activation]
     return estimate(
         level,
@@ -195,7 +251,7 @@ def describe(model: ModelConfig, config: TrainConfig, snapshot: Snapshot) -> dic
                 f"frozen parameters x {itemsize} + trainable x {bytes_per_trained(config)} (weight, gradient, two "
                 f"moments{', average' if config.ema.kind != 'none' else ''}) "
                 f"{_copy_formula(weights.base, itemsize)}+ tokens x micro-batch x hidden x {itemsize} x (blocks x "
-                f"{KEPT_VALUES[level]:g} + {WORKING_VALUES:g}), activation level {level!r}"
+                f"{KEPT_VALUES[level]:g} + {WORKING_VALUES[level]:g}), activation level {level!r}"
             ),
         },
     }
@@ -205,6 +261,7 @@ def check(model: ModelConfig, config: TrainConfig, snapshot: Snapshot) -> None:
     """Raise `UsageError` unless model, settings and snapshot fit each other; nothing is loaded or written."""
     family = find_family("train", model)
     check_trackers(config.track)
+    _check_base_linears(config)
     family.check_snapshot(snapshot, model)
     family.check_objective(config.objective, snapshot.shapes)
     family.check_context_parallel(config.context_parallel, model, snapshot.shapes)

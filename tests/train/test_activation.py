@@ -46,7 +46,7 @@ def test_poorer_levels_keep_less_and_give_the_same_gradients(transformer):
 
 def test_auto_saves_attention_first_then_products_then_everything():
     kept = {"full": 10, "attention": 30, "products": 130, "none": 250}
-    sizes = {"resident": 1000, "kept": kept, "working": 200}
+    sizes = {"resident": 1000, "kept": kept, "working": dict.fromkeys(kept, 200)}
 
     def levels(limit):
         plan = choose_levels(4, limit=limit, **sizes)
