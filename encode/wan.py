@@ -71,10 +71,10 @@ class ChunkedEncoder:
         x_RC = grid.input(self._first.in_channels, self._first.bias_N, past.get(self._first))
         present = grid.present(x_RC).zero_()
         grid.clip(present)[..., :3] = (pixels.float() / 127.5 - 1.0).to(dtype)
-        y_RC = _convolve(self._first, grid, x_RC, past)
+        y_RC = convolve(self._first, grid, x_RC, past)
         for layer in self._layers:
             grid, y_RC = layer(grid, y_RC, past)
-        y_RC = _norm_convolve(self._norm_out, self._last, grid, y_RC, past)
+        y_RC = norm_convolve(self._norm_out, self._last, grid, y_RC, past)
         return grid.clip(y_RC)
 
 
@@ -90,26 +90,26 @@ def chunks(num_frames: int, limit: int) -> Iterator[tuple[int, int]]:
         begin, end = end, end + length
 
 
-def _convolve(conv: CausalConv, grid: Grid, x_RC: Tensor, past: dict[Any, Tensor], *extra: Tensor) -> Tensor:
+def convolve(conv: CausalConv, grid: Grid, x_RC: Tensor, past: dict[Any, Tensor], *extra: Tensor) -> Tensor:
     past[conv] = grid.kept(x_RC)
     return conv(grid, x_RC, *extra)
 
 
-def _norm_convolve(
+def norm_convolve(
     gamma_C: Tensor, conv: CausalConv, grid: Grid, y_RC: Tensor, past: dict[Any, Tensor], *extra: Tensor
 ) -> Tensor:
     x_RC = grid.input(conv.in_channels, y_RC, past.get(conv))
     norm_silu(y_RC, gamma_C, grid.present(x_RC))
-    return _convolve(conv, grid, x_RC, past, *extra)
+    return convolve(conv, grid, x_RC, past, *extra)
 
 
 def _layer(module: torch.nn.Module) -> Any:
     if isinstance(module, WanResidualBlock):
-        return _Residual(module)
-    return _Downsample(module) if isinstance(module, WanResample) else _Attention(module)
+        return Residual(module)
+    return Downsample(module) if isinstance(module, WanResample) else Attention(module)
 
 
-class _Residual:
+class Residual:
     def __init__(self, block: WanResidualBlock) -> None:
         self._gammas = block.norm1.gamma.flatten(), block.norm2.gamma.flatten()
         self._convs = CausalConv(block.conv1), CausalConv(block.conv2)
@@ -119,11 +119,11 @@ class _Residual:
         residual_RN = y_RC
         if self._shortcut is not None:
             residual_RN = F.linear(y_RC, self._shortcut.weight.flatten(1), self._shortcut.bias)
-        y_RC = _norm_convolve(self._gammas[0], self._convs[0], grid, y_RC, past)
-        return grid, _norm_convolve(self._gammas[1], self._convs[1], grid, y_RC, past, residual_RN)
+        y_RC = norm_convolve(self._gammas[0], self._convs[0], grid, y_RC, past)
+        return grid, norm_convolve(self._gammas[1], self._convs[1], grid, y_RC, past, residual_RN)
 
 
-class _Downsample:
+class Downsample:
     """Halve height and width, and for `downsample3d` the frames after the clip's first."""
 
     def __init__(self, resample: WanResample) -> None:
@@ -150,7 +150,7 @@ class _Downsample:
         return halved if before is not None else torch.cat([clip_THWC[:1], halved])
 
 
-class _Attention:
+class Attention:
     """Self-attention within each frame, one head."""
 
     def __init__(self, block: Any) -> None:
