@@ -2,8 +2,8 @@
 
     python -m benchmarks.inference [--steps 5] [--scale-to 36] [--commit REV] [--output FILE]
 
-Both start from contexts at hand and end with frames in memory. `--steps` steps are measured, and the whole is
-scaled: seconds a step times `--scale-to`, plus what does not depend on steps (VAE encode and decode). The correctness
+Both start from contexts at hand and end with frames in host memory, as floats (diffusers) and as bytes (ours).
+`--steps` steps are measured, and the whole is scaled: seconds a step times `--scale-to`, plus what does not depend on steps (VAE encode and decode). The correctness
 check comes first: one prediction of the transformer, both in bfloat16, against float32.
 """
 
@@ -24,6 +24,7 @@ from PIL import Image
 
 from benchmarks.real_checkpoint import TRANSFORMER_2B, bfloat16_on
 from benchmarks.training_step import clear, peak_gib
+from encode.cosmos25 import accelerate_vae
 from infer import denoise as loop
 from infer.cosmos25 import NoGuardrail
 from pipeline.demo.checkpoint import build_scheduler
@@ -76,6 +77,20 @@ def check(transformer: CosmosTransformer3DModel, fast: CosmosTransformer3DModel,
     return f"error of a prediction against float32: stock {errors['stock']:.4f}, ours {errors['ours']:.4f}"
 
 
+@torch.no_grad()
+def check_decode(vae: AutoencoderKLWan, fast: AutoencoderKLWan) -> str:
+    """Error of decoded frames against float32; ours must not be larger than the stock decoder's."""
+    latents = torch.randn(1, 16, 12, 30, 52, device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    torch.backends.cudnn.allow_tf32 = False
+    exact = copy.deepcopy(vae).float().decode(latents).sample
+    torch.backends.cudnn.allow_tf32 = True
+    decoded = {"stock": vae.decode(latents.bfloat16()).sample, "ours": fast.decode(latents.bfloat16()).sample}
+    errors = {name: float((frames.float() - exact).norm() / exact.norm()) for name, frames in decoded.items()}
+    if not errors["ours"] <= errors["stock"] * 1.02:
+        raise SystemExit(f"our decoder is less exact than stock bfloat16: {errors}")
+    return f"error of decoded frames against float32: stock {errors['stock']:.4f}, ours {errors['ours']:.4f}"
+
+
 def seconds(call: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     begin = time.monotonic()
@@ -102,8 +117,10 @@ def main() -> None:
     raws = [torch.randn(1, 512, 100_352, device="cuda", generator=generator).bfloat16() for _ in range(2)]
     fast = copy.copy(pipe)
     fast.transformer = accelerate(copy.deepcopy(pipe.transformer))
-    notes = [check(pipe.transformer, fast.transformer, raws[0])]
-    print(notes[0], flush=True)
+    fast.vae = copy.deepcopy(pipe.vae)
+    accelerate_vae(fast.vae)
+    notes = [check(pipe.transformer, fast.transformer, raws[0]), check_decode(pipe.vae, fast.vae)]
+    print(*notes, sep="\n", flush=True)
     blocks = list(fast.transformer.transformer_blocks)
     set_levels(blocks, ["none"] * len(blocks), compiled=True)
     with torch.no_grad():
@@ -135,7 +152,7 @@ def main() -> None:
             on_step=lambda: None,
             **size,
         )
-        return loop.decode(fast, latents, options.num_frames)
+        return loop.to_bytes(loop.decode(fast, latents, options.num_frames))
 
     rows = []
     fits = loop._fits

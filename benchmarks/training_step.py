@@ -1,10 +1,11 @@
 """One LoRA training step at real size: diffusers' recipe against ours, in one process on one GPU, random weights.
 
-    python -m benchmarks.training_step [--height 432 --width 768] [--memory-gib 72] [--commit REV] [--output FILE]
+    python -m benchmarks.training_step [--height 432 --width 768] [--linears dtype,fp8] [--commit REV] [--output FILE]
 
 The baseline is diffusers' own modules run as its Cosmos LoRA example runs them: VAE and text encoder every step,
 gradient checkpointing, autocast. Ours trains from cached latents and contexts through `train.model`'s own parts. A
-correctness check comes before every timing: outputs and adapter gradients of both in bfloat16, against float32.
+correctness check comes before every timing: outputs and adapter gradients of both in bfloat16, against float32; and of
+ours with the base's linear layers in 8 bits, whose error is larger and reported.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import statistics
 from collections.abc import Callable
 from datetime import date
@@ -29,6 +31,7 @@ from train.adapters import adapter_parameters, add_adapter
 from train.attention import Kernel, attend, choose_kernel, use_kernel
 from train.config import LoraConfig, ObjectiveConfig
 from train.dit import accelerate, block_inputs
+from train.fp8 import quantise_base
 
 DEVICE = torch.device("cuda")
 NUM_FRAMES = 93
@@ -93,19 +96,21 @@ def check() -> list[str]:
     exact = copy.deepcopy(stock).float()
     fast = accelerate(copy.deepcopy(stock))
     results = {}
-    for name, model in (("exact", exact), ("stock", stock), ("ours", fast)):
+    eight_bits = copy.deepcopy(fast)
+    quantise_base(cosmos25.blocks(eight_bits), cosmos25.TOKEN_LINEARS, DEVICE)
+    for name, model in (("exact", exact), ("stock", stock), ("ours", fast), ("fp8", eight_bits)):
         with torch.autocast("cuda", torch.bfloat16, enabled=name == "stock"):
             loss = cosmos25.loss(model, given | {"context": given["context"].float()}, ObjectiveConfig())
         loss.sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in adapter_parameters(model).values()])
         results[name] = loss.detach(), gradient
     truth = results["exact"][1]
-    errors = {name: float((results[name][1] - truth).norm() / truth.norm()) for name in ("stock", "ours")}
-    if errors["ours"] > errors["stock"] * 1.02:
-        raise SystemExit(f"gradients are worse than stock bfloat16's: {errors}")
+    errors = {name: float((results[name][1] - truth).norm() / truth.norm()) for name in ("stock", "ours", "fp8")}
+    if errors["ours"] > errors["stock"] * 1.02 or not errors["fp8"] < 0.2:
+        raise SystemExit(f"gradients are worse than stock bfloat16's, or far off in 8 bits: {errors}")
     return [
         f"LoRA gradient error against float32 (8 layers, 4 latent frames): stock bfloat16 {errors['stock']:.4f}, "
-        f"ours {errors['ours']:.4f}"
+        f"ours {errors['ours']:.4f}, ours with fp8 linears {errors['fp8']:.4f}"
     ]
 
 
@@ -175,16 +180,18 @@ def baseline(height: int, width: int, shape: tuple[int, ...]) -> list[tuple[str,
 
 
 def ours(
-    shape: tuple[int, ...], kernel: Kernel, memory_gib: float | None, level: str
+    shape: tuple[int, ...], kernel: Kernel, memory_gib: float, level: str, linears: str
 ) -> tuple[float, float, MemoryPlan]:
     """Our step from cached inputs: time, measured peak and the memory plan."""
     clear()
     model = accelerate(transformer(projected=True))
+    if linears == "fp8":
+        quantise_base(cosmos25.blocks(model), cosmos25.TOKEN_LINEARS, DEVICE)
     parameters = list(adapter_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
     given = batch(shape, random_context())
     blocks = cosmos25.blocks(model)
-    resident = sum(p.nbytes for p in model.parameters()) + 12 * sum(p.numel() for p in parameters)
+    resident = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + 12 * sum(p.numel() for p in parameters)
     with use_kernel(kernel):
         if level == "auto":
             inputs = block_inputs(model, (1, *shape), CONTEXT_LENGTH, DEVICE)
@@ -215,6 +222,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--memory-gib", type=float, default=72.0, help="what the auto policy may fill")
     parser.add_argument("--levels", default="auto,attention", help="activation levels to time")
+    parser.add_argument("--linears", default="dtype", help="how the base's linear layers compute: dtype, fp8 or both")
     parser.add_argument("--kernels", default="", help="attention kernels to time; default: the measured best")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path)
@@ -233,12 +241,11 @@ def main() -> None:
     for kernel in options.kernels.split(",") if options.kernels else [best]:
         least, more = floor(tokens, kernel)
         notes += more
-        for level in options.levels.split(","):
-            time, peak, plan = ours(shape, kernel, options.memory_gib, level)
-            notes.append(f"{kernel}, {level}: {plan.describe()}; measured {peak:.1f} GiB")
-            lines.append(
-                f"| ours, {kernel}, {level} | {time:,.0f} | {peak:.1f} | {whole / time:.2f} | {least / time:.3f} |"
-            )
+        for linears, level in itertools.product(options.linears.split(","), options.levels.split(",")):
+            time, peak, plan = ours(shape, kernel, options.memory_gib, level, linears)
+            name = ", ".join(["ours", kernel, level, *(["fp8 linears"] if linears == "fp8" else [])])
+            notes.append(f"{name}: {plan.describe()}; measured {peak:.1f} GiB")
+            lines.append(f"| {name} | {time:,.0f} | {peak:.1f} | {whole / time:.2f} | {least / time:.3f} |")
             print(notes[-1], lines[-1], sep="\n", flush=True)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
     head = [

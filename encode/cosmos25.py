@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from encode.config import EncodeConfig
 from encode.decode import PIXEL_POLICY
 from encode.wan import VERSION, ChunkedEncoder
+from encode.wan_decoder import accelerate_decode
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
 from manifests.fingerprint import component_folder, files_digest, weights_digest
@@ -151,7 +152,7 @@ class VideoEncoder:
             model.path, revision=model.revision, subfolder="vae", torch_dtype=self._dtype
         )
         self._vae.to(device).eval().requires_grad_(False)
-        self._fast = ChunkedEncoder(self._vae) if _has_fast_encoder(device, self._dtype) else None
+        self._fast = ChunkedEncoder(self._vae) if _has_fast_kernels(device, self._dtype) else None
 
     @torch.no_grad()
     def encode(self, frames_THWC: np.ndarray) -> torch.Tensor:
@@ -163,7 +164,13 @@ class VideoEncoder:
         return self._vae.encode(video_BCTHW).latent_dist.mode()[0].cpu()
 
 
-def _has_fast_encoder(device: torch.device, dtype: torch.dtype) -> bool:
+def accelerate_vae(vae: AutoencoderKLWan) -> None:
+    """Give a VAE on its device `encode.wan_decoder`'s decode, in bfloat16 on Hopper and later; else leave it alone."""
+    if _has_fast_kernels(vae.device, vae.dtype):
+        accelerate_decode(vae)
+
+
+def _has_fast_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -177,6 +184,7 @@ class VideoDecoder:
             model.path, revision=model.revision, subfolder="vae", torch_dtype=self._dtype
         )
         self._vae.to(device).eval().requires_grad_(False)
+        accelerate_vae(self._vae)
 
     @torch.no_grad()
     def decode(self, latents_CTHW: torch.Tensor) -> np.ndarray:

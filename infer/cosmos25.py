@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import Cosmos2_5_PredictBasePipeline
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import DEFAULT_NEGATIVE_PROMPT
@@ -21,7 +20,7 @@ from diffusers.utils import is_cosmos_guardrail_available
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from infer.denoise import PROJECTION, decode, denoise, project
+from infer.denoise import PROJECTION, decode, denoise, project, to_bytes
 from infer.request import Request
 from infer.team import Team
 from infer.video import Frames, read_frames
@@ -112,12 +111,18 @@ def require_guardrail() -> None:
 
 
 def load_pipeline(
-    model: ModelConfig, *, dtype: torch.dtype, device: torch.device, guardrail: bool
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    guardrail: bool,
+    accelerate_vae: Callable[[Any], None] = lambda vae: None,
 ) -> Cosmos2_5_PredictBasePipeline:
     """The pipeline on `device`, all parts in `dtype`, its transformer with the faster forward.
 
     On CUDA the transformer's blocks are compiled, once for each size of video.
     guardrail: check prompts and videos with NVIDIA's `cosmos_guardrail`; False lets everything pass.
+    accelerate_vae: called with the VAE on its device, may give it a faster `decode`.
     Raises UsageError if the guardrail or the checkpoint is not there, or is of another class.
     """
     if guardrail:
@@ -132,7 +137,9 @@ def load_pipeline(
     blocks = accelerate(pipe.transformer).transformer_blocks
     if device.type == "cuda":
         set_levels(list(blocks), ["none"] * len(blocks), compiled=True)
-    return pipe.to(device)
+    pipe.to(device)
+    accelerate_vae(pipe.vae)
+    return pipe
 
 
 def check_prompt(pipe: Any, prompt: str) -> None:
@@ -222,11 +229,12 @@ def generate_frames(
     if team is not None and not team.is_leader:
         return None
     video_THWC = decode(pipe, latents_BCTHW, request.num_frames)
-    if not np.isfinite(video_THWC).all():
+    if not torch.isfinite(video_THWC).all():
         raise LatentlineError(f"{request.name}: the video is not finite; try dtype float32 or less guidance")
     if isinstance(pipe.safety_checker, NoGuardrail):
-        return (video_THWC * 255.0).round().astype(np.uint8)
-    return pipe.safety_checker.to(pipe.vae.device).check_video_safety((video_THWC * 255.0).astype(np.uint8))
+        return to_bytes(video_THWC)
+    video_THWC = (video_THWC * 255.0).to(torch.uint8).cpu().numpy()
+    return pipe.safety_checker.to(pipe.vae.device).check_video_safety(video_THWC)
 
 
 def load_decoder(model: ModelConfig, *, dtype: torch.dtype) -> Cosmos2_5_PredictBasePipeline:
@@ -264,7 +272,7 @@ def preview(
     own_THWC = decode(pipe, latents_BCTHW, num_frames)
     condition_BCTHW = None
     if image and latents_BCTHW.shape[2] > 1:
-        first = torch.from_numpy(own_THWC[:1]).permute(3, 0, 1, 2).unsqueeze(0) * 2 - 1
+        first = own_THWC[:1].permute(3, 0, 1, 2).unsqueeze(0) * 2 - 1
         condition_BCTHW = first.to(pipe.vae.device, pipe.vae.dtype)
     pipe.transformer = transformer
     made_BCTHW = denoise(
@@ -282,8 +290,8 @@ def preview(
         together=False,
     )
     pipe.transformer = None
-    own, made = (np.nan_to_num(video) for video in (own_THWC, decode(pipe, made_BCTHW, num_frames)))
-    return (own * 255.0).round().astype(np.uint8), (made * 255.0).round().astype(np.uint8)
+    own, made = (torch.nan_to_num(video) for video in (own_THWC, decode(pipe, made_BCTHW, num_frames)))
+    return to_bytes(own), to_bytes(made)
 
 
 def _check_checkpoint(model: ModelConfig) -> None:

@@ -2,7 +2,8 @@
 
 What differs from the pipeline's own call:
 - Prompts come projected, [1, L, D]: the transformer's text projection runs once a prompt, not twice a step.
-- The prompt and the negative prompt go through the transformer as one batch, where memory allows.
+- The prompt and the negative prompt go through the transformer as one batch, where memory allows; what comes before
+  the first block's cross-attention is the same for both and computed once.
 - Only the frames that condition the video go through the VAE: its encoder is causal.
 - Attention runs by the kernel that is fastest at the video's size.
 - Several ranks may share the work: a prompt each, or an equal run of the tokens each.
@@ -84,11 +85,10 @@ def denoise(
     batch_size = len(contexts_BLD) if together else 1
 
     def predict(noisy: Tensor, timestep: Tensor, contexts: Tensor) -> Tensor:
-        copies = len(contexts)
         return transformer(
-            hidden_states=noisy.expand(copies, -1, -1, -1, -1),
-            condition_mask=mask.expand(copies, -1, -1, -1, -1),
-            timestep=timestep.expand(copies, *timestep.shape[1:]),
+            hidden_states=noisy,
+            condition_mask=mask,
+            timestep=timestep,
             encoder_hidden_states=contexts,
             padding_mask=padding_mask,
             return_dict=False,
@@ -118,11 +118,17 @@ def denoise(
 
 
 @torch.no_grad()
-def decode(pipe: Any, latents_BCTHW: Tensor, num_frames: int) -> np.ndarray:
-    """Decode normalised latents to frames [num_frames, H, W, 3], float32 in 0 to 1."""
+def decode(pipe: Any, latents_BCTHW: Tensor, num_frames: int) -> Tensor:
+    """Decode normalised latents to frames [num_frames, H, W, 3], float32 in 0 to 1, on the VAE's device."""
     mean, std = (value.to(latents_BCTHW) for value in (pipe.latents_mean, pipe.latents_std))
     video = pipe.vae.decode((latents_BCTHW / std + mean).to(pipe.vae.dtype), return_dict=False)[0]
-    return pipe.video_processor.postprocess_video(pipe._match_num_frames(video, num_frames), output_type="np")[0]
+    video = pipe.video_processor.postprocess_video(pipe._match_num_frames(video, num_frames), output_type="pt")[0]
+    return video.permute(0, 2, 3, 1).float()
+
+
+def to_bytes(video_THWC: Tensor) -> np.ndarray:
+    """Frames in 0 to 1 as uint8, rounded, in host memory."""
+    return (video_THWC * 255.0).round().to(torch.uint8).cpu().numpy()
 
 
 @torch.no_grad()
@@ -169,5 +175,4 @@ def _kernel_for(transformer: Any, latents_BCTHW: Tensor, batch_size: int) -> Ker
 
 @functools.cache
 def _measured_kernel(shape_BNHD: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Kernel:
-    with torch.enable_grad():
-        return choose_kernel(shape_BNHD, dtype, device)
+    return choose_kernel(shape_BNHD, dtype, device, backward=False)

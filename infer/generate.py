@@ -66,13 +66,15 @@ def generate(
     on_ready: Callable[[], None] | None = None,
     on_video: Callable[[Result], None] | None = None,
     ranks: Ranks | None = None,
+    accelerate_vae: Callable[[Any], None] = lambda vae: None,
 ) -> list[Result]:
     """Make the requests' videos in `config.output`, on the GPU if there is one; a result each, in their order.
 
     guardrail: False lets prompts and videos pass unchecked. force: make videos again that are there already.
     on_ready: called on rank 0 when the first video is about to be made. on_video: called after each video this rank
     wrote. ranks: that share the work as `config.parallel` says, all of which call this; None means those that the
-    environment describes, as torchrun does. Rank 0 returns all results, the others none.
+    environment describes, as torchrun does. Rank 0 returns all results, the others none. accelerate_vae: called with
+    the loaded VAE, may give it a faster `decode`.
     Requests, output folder, model and adapters are checked before the first video and before anything is written:
     UsageError.
     """
@@ -109,7 +111,9 @@ def generate(
             book.add(book.result(name, "kept", seconds=earlier.get((name, prints[name]), {}).get("seconds")))
         with in_team(ranks, layout, store) as team, _progress(ranks, len(pending)) as progress:
             if pending:
-                studio = Studio.open(model, config, pending, guardrail=guardrail, team=team)
+                studio = Studio.open(
+                    model, config, pending, guardrail=guardrail, team=team, accelerate_vae=accelerate_vae
+                )
                 output.mkdir(parents=True, exist_ok=True)
                 if on_ready is not None and ranks.is_main:
                     on_ready()

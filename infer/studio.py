@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +46,24 @@ class Studio:
 
     @classmethod
     def open(
-        cls, model: ModelConfig, config: InferConfig, requests: Sequence[Request], *, guardrail: bool, team: Team
+        cls,
+        model: ModelConfig,
+        config: InferConfig,
+        requests: Sequence[Request],
+        *,
+        guardrail: bool,
+        team: Team,
+        accelerate_vae: Callable[[Any], None],
     ) -> Studio:
         """Load model and adapters on this rank's device and encode the requests' prompts."""
         family = find_family("infer", model)
-        pipe = family.load_pipeline(model, dtype=_DTYPES[config.dtype], device=team.ranks.device, guardrail=guardrail)
+        pipe = family.load_pipeline(
+            model,
+            dtype=_DTYPES[config.dtype],
+            device=team.ranks.device,
+            guardrail=guardrail,
+            accelerate_vae=accelerate_vae,
+        )
         load_adapters(pipe, load_trained_weights(pipe, config.adapters), fuse=config.fuse)
         found = _rejected(family, pipe, requests) if team.is_leader else None
         rejected = json.loads(team.share("rejected", None if found is None else json.dumps(found).encode()))

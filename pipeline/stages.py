@@ -18,6 +18,7 @@ from encode.worker import ShardReport
 from infer.config import AdapterConfig, InferConfig
 from manifests.cache import Cache
 from manifests.errors import EXIT_DONE, EXIT_FAILURE, EXIT_QUARANTINED, UsageError
+from manifests.family import find_family
 from manifests.local_cache import CachedStore
 from manifests.order import order_of
 from manifests.schema import KINDS
@@ -215,6 +216,7 @@ def infer_stage(
         guardrail=guardrail,
         force=force,
         on_ready=lambda: write_resolved(replace(recipe, infer=config), Path(config.output)),
+        accelerate_vae=find_family("encode", recipe.model).accelerate_vae,
     )
     return _infer_result(config, results)
 

@@ -53,8 +53,10 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
         _kernel = before
 
 
-def choose_kernel(shape_BNHD: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Kernel:
-    """Return the kernel with the shortest forward and backward pass of self-attention at this shape.
+def choose_kernel(
+    shape_BNHD: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, *, backward: bool = True
+) -> Kernel:
+    """Return the kernel with the shortest forward pass of self-attention at this shape, with the backward pass or not.
 
     Off CUDA, and for float32, that is PyTorch's own choice, `sdpa`. A kernel that refuses the shape is passed over.
     """
@@ -63,21 +65,25 @@ def choose_kernel(shape_BNHD: tuple[int, int, int, int], dtype: torch.dtype, dev
     candidates: list[Kernel] = ["cudnn", "sdpa"]
     if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
         candidates.insert(0, "flash4")
-    times = {kernel: _measure(kernel, shape_BNHD, dtype, device) for kernel in candidates}
+    times = {kernel: _measure(kernel, shape_BNHD, dtype, device, backward) for kernel in candidates}
     measured = {kernel: milliseconds for kernel, milliseconds in times.items() if milliseconds is not None}
     best = min(measured, key=lambda kernel: measured[kernel])
     _log.info("attention: %s, from %s", best, {kernel: f"{value:.1f} ms" for kernel, value in measured.items()})
     return best
 
 
-def _measure(kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> float | None:
+def _measure(
+    kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, backward: bool
+) -> float | None:
     query, key, value = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
     grad = torch.randn(shape, dtype=dtype, device=device)
 
     def run() -> None:
-        torch.autograd.grad(attend(query, key, value), (query, key, value), grad)
+        output = attend(query, key, value)
+        if backward:
+            torch.autograd.grad(output, (query, key, value), grad)
 
-    with use_kernel(kernel), torch.enable_grad():
+    with use_kernel(kernel), torch.set_grad_enabled(backward):
         try:
             run()
         except RuntimeError as error:

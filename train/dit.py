@@ -44,7 +44,11 @@ def accelerate(transformer: CosmosTransformer3DModel) -> CosmosTransformer3DMode
 
 
 class FastCosmosBlock(CosmosTransformerBlock):
-    """One block. Shapes: x [B, T S, C] with S tokens a latent frame; context [B, L, D]."""
+    """One block. Shapes: x [B, T S, C] with S tokens a latent frame; context [B, L, D].
+
+    Of a batch that differs in its contexts alone the first block may be given one sample: it computes what comes before
+    the text once.
+    """
 
     def forward(
         self,
@@ -58,6 +62,7 @@ class FastCosmosBlock(CosmosTransformerBlock):
     ) -> Tensor:
         y, gate = _modulated(self.norm1, x, embedded_BTC, temb_BTC)
         x = _gated(x, gate, _self_attention(self.attn1, y, cos_ND, sin_ND))
+        x = x.expand(context.shape[0], -1, -1)
         y, gate = _modulated(self.norm2, x, embedded_BTC, temb_BTC)
         x = _gated(x, gate, _cross_attention(self.attn2, y, context))
         y, gate = _modulated(self.norm3, x, embedded_BTC, temb_BTC)
@@ -82,7 +87,8 @@ class FastCosmosTransformer(CosmosTransformer3DModel):
         """Predict the velocity.
 
         hidden_states: [B, 16, T, H, W] latents. timestep: [B, 1, T, 1, 1] or [B], on the sigma scale.
-        encoder_hidden_states: [B, L, D]. condition_mask: [B, 1, T, H, W]. padding_mask: [1, 1, *, *], resized to
+        encoder_hidden_states: [B, L, D]; where all else has B = 1, several contexts for the same latents, in less time
+        than that batch would take. condition_mask: [B, 1, T, H, W]. padding_mask: [1, 1, *, *], resized to
         the latents. fps: as the stock forward takes it; None for Cosmos-2.5.
         Inputs are cast to the weights' dtype, or autocast's; the output [B, 16, T, H, W] has it.
         """

@@ -82,7 +82,7 @@ class Built:
         fitting = [text for text, size in sizes.items() if size <= self.limit][:3]
         told = "; ".join(f"{text} (predicted {sizes[text] / 2**30:.1f} GiB)" for text in fitting)
         if not fitting:
-            told = f"nothing: the weights alone take {static / 2**30:.1f} GiB; train.parallel=shard divides them by GPUs"
+            told = f"nothing; the weights take {static / 2**30:.1f} GiB, train.parallel=shard divides them by the GPUs"
         elif len(fitting) > 1 or "train.activation=full" not in fitting:
             told += "; each with train.activation=full"
         return f"out of GPU memory with {self.plan.describe()}, {self.limit / 2**30:.1f} GiB usable; would fit: {told}"
@@ -191,7 +191,7 @@ def _plan_memory(
         kept, working = measure(block, inputs, LEVELS)
         if "full" not in kept:
             raise LatentlineError(
-                f"out of GPU memory with one block of the model alone, at samples of {'x'.join(map(str, shape))} latents; "
+                f"out of GPU memory with one block of the model alone, for latents of {'x'.join(map(str, shape))}; "
                 "encode smaller or fewer frames, or share samples with train.context_parallel"
             )
         limit = _usable_bytes(config, device)
