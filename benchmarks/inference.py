@@ -3,8 +3,9 @@
     python -m benchmarks.inference [--steps 5] [--scale-to 36] [--commit REV] [--output FILE]
 
 Both start from contexts at hand and end with frames in host memory, as floats (diffusers) and as bytes (ours).
-`--steps` steps are measured, and the whole is scaled: seconds a step times `--scale-to`, plus what does not depend on steps (VAE encode and decode). The correctness
-check comes first: one prediction of the transformer, both in bfloat16, against float32.
+`--steps` steps are measured, and the whole is scaled: seconds a step times `--scale-to`, plus what does not depend on
+steps (VAE encode and decode). The correctness check comes first: one prediction of the transformer and one decoded
+clip, both in bfloat16, against float32.
 """
 
 from __future__ import annotations

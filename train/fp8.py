@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from manifests.errors import UsageError
 
 E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0
+FORMATS = {"e4m3": E4M3, "e5m2": torch.float8_e5m2}
+GRADIENTS = E4M3
+"""Format of gradients: with a scale a row e4m3's range suffices, and it is the more exact one (benchmarks/results)."""
+
 FIRST_CAPABILITY = (8, 9)
 
 MATMUL = "latentline.fp8_matmul.default"
@@ -96,10 +99,11 @@ def fp8_linear(layers: Sequence[Fp8Linear], x: Tensor, down: Tensor | None, up: 
     return _Fp8Linear.apply(x.flatten(0, -2), weight, scale, transposed, down, up).unflatten(0, x.shape[:-1])
 
 
-def quantise(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in e4m3, [N, K], and the float32 scale [N, 1] that gives their values back."""
+def quantise(x_NK: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
+    """Rows in 8 bits, [N, K], and the float32 scale [N, 1] that gives their values back."""
+    top = torch.finfo(dtype).max
     largest_N1 = x_NK.abs().amax(1, keepdim=True).float().clamp(min=1e-12)
-    return (x_NK.float() * (LARGEST / largest_N1)).to(E4M3), largest_N1 / LARGEST
+    return (x_NK.float() * (top / largest_N1)).to(dtype), largest_N1 / top
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -127,7 +131,7 @@ class _Fp8Linear(torch.autograd.Function):
         grad_low_rank = None if down is None else grad_NM @ up
         grad_x = None
         if ctx.needs_input_grad[0]:
-            rows, scale_N1 = quantise(grad_NM.float() * scale_M)
+            rows, scale_N1 = quantise(grad_NM.float() * scale_M, GRADIENTS)
             ones_K = scale_M.new_ones(transposed_KM.shape[0])
             up_KR = None if down is None else down.t()
             grad_x = torch.ops.latentline.fp8_matmul(rows, scale_N1, transposed_KM, ones_K, grad_low_rank, up_KR)

@@ -1,0 +1,100 @@
+"""A card of 24 GB, made of a larger one: the process may fill 22 GiB and no more.
+
+    python -m benchmarks.small_card [--cap-gib 22] [--commit REV] [--output FILE]
+
+Trains LoRA of rank 32 through the function that `latentline train` calls, each case in a process of its own: one that
+fits, and two that do not, whose message is shown: activation = none at 432x768x93, and full at 704x1280x93. The cap is
+PyTorch's own and counts all that its allocator holds, so an excess is a real out-of-memory error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.random_job import latent_shape, make_job, recipe_of, records_of, seconds_per_step
+from manifests.errors import LatentlineError
+from pipeline.stages import train_stage
+
+SIZES = {"432x768x93": (432, 768), "704x1280x93": (704, 1280)}
+CASES = (("432x768x93", "auto", 6), ("432x768x93", "none", 2), ("704x1280x93", "full", 2))
+
+
+def run_case(folder: Path, size: str, activation: str, steps: int, cap_gib: float, tiny: bool) -> dict[str, object]:
+    """Train under the cap: peak memory and time, or the error."""
+    if not tiny:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(cap_gib * 2**30 / total)
+    checkpoint, cache = make_job(folder, shape=latent_shape(*SIZES[size]), samples=4, tiny=tiny)
+    output = Path(tempfile.mkdtemp(dir=folder))
+    recipe = recipe_of(checkpoint, cache, output, steps=steps, activation=activation)
+    try:
+        train_stage(recipe)
+    except LatentlineError as error:
+        return {"error": str(error)}
+    records = records_of(output)
+    return {
+        "seconds": seconds_per_step(records, max(1, steps - 2)),
+        "allocated": records[-1].get("peak_memory_bytes", 0) / 2**30,
+        "reserved": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0,
+        "losses": [record["loss"] for record in records],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cap-gib", type=float, default=22.0)
+    parser.add_argument("--tiny", action="store_true", help="try the script with the demo's model; no numbers")
+    parser.add_argument("--case", type=int, help="run this one, in --folder, and print what came of it")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if options.case is not None:
+        print(json.dumps(run_case(options.folder, *CASES[options.case], options.cap_gib, options.tiny)))
+        return
+    with tempfile.TemporaryDirectory(prefix="latentline-") as folder:
+        for size in dict.fromkeys(size for size, _, _ in CASES):
+            make_job(Path(folder), shape=latent_shape(*SIZES[size]), samples=4, tiny=options.tiny)
+        rows = []
+        for index, (size, activation, steps) in enumerate(CASES):
+            own = ["--case", str(index), "--folder", folder, "--cap-gib", str(options.cap_gib)]
+            command = [sys.executable, "-m", "benchmarks.small_card", *own, *(["--tiny"] if options.tiny else [])]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            told = json.loads(done.stdout.splitlines()[-1])
+            rows.append((size, activation, steps, told))
+            print(*rows[-1], flush=True)
+    lines = ["| size | activation | s/step | peak allocated GiB | held by the allocator GiB |", "|---|---|---|---|---|"]
+    for size, activation, _, told in rows:
+        if "error" in told:
+            lines.append(f"| {size} | {activation} | out of memory | | |")
+        else:
+            numbers = f"{told['seconds']:.3f} | {told['allocated']:.1f} | {told['reserved']:.1f}"
+            lines.append(f"| {size} | {activation} | {numbers} |")
+    errors = [f"- {size}, {activation}: `{told['error']}`" for size, activation, _, told in rows if "error" in told]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft"))
+    text = "\n\n".join(
+        [
+            f"# LoRA r32 within {options.cap_gib:g} GiB",
+            f"{device}, held to {options.cap_gib:g} GiB, {packages}, {date.today()}, commit {options.commit}",
+            "\n".join(lines),
+            *(["\n".join(errors)] if errors else []),
+            "Command: `python -m benchmarks.small_card`",
+        ]
+    )
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
