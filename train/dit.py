@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from train.attention import attend
 from train.context_parallel import all_tokens, own_rows, own_tokens, whole
 from train.flops import attention_flops, linear_flops
+from train.gelu import gelu
 from train.linear import linear, stacked_linear
 from train.temporal import ADAPTER
 
@@ -67,7 +68,7 @@ class FastCosmosBlock(CosmosTransformerBlock):
         x = _gated(x, gate, _cross_attention(self.attn2, y, context))
         y, gate = _modulated(self.norm3, x, embedded_BTC, temb_BTC)
         up, down = self.ff.net[0].proj, self.ff.net[2]
-        x = _gated(x, gate, linear(down, F.gelu(linear(up, y))))
+        x = _gated(x, gate, linear(down, gelu(linear(up, y))))
         return getattr(self, ADAPTER)(x, latent_frames) if hasattr(self, ADAPTER) else x
 
 

@@ -17,6 +17,7 @@ from manifests.snapshot import Snapshot
 from train.activation import (
     KEPT_VALUES,
     LEVELS,
+    OUTSIDE_VALUES,
     POLICY_LEVELS,
     WORKING_VALUES,
     Level,
@@ -195,6 +196,7 @@ def _plan_memory(
                 "encode smaller or fewer frames, or share samples with train.context_parallel"
             )
         limit = _usable_bytes(config, device)
+        resident += int(inputs[0].nbytes * OUTSIDE_VALUES)
         return choose_levels(num_blocks, resident=resident, kept=kept, working=working, limit=limit)
     level: Level = "none" if config.activation == "auto" else POLICY_LEVELS[config.activation]
     return estimate(
@@ -245,13 +247,13 @@ def describe(model: ModelConfig, config: TrainConfig, snapshot: Snapshot) -> dic
         "memory": {
             "base": base,
             "trained": trained,
-            "activations": plan.peak - plan.resident,
+            "activations": plan.peak - base - trained,
             "total": plan.peak,
             "formula": (
                 f"frozen parameters x {itemsize} + trainable x {bytes_per_trained(config)} (weight, gradient, two "
                 f"moments{', average' if config.ema.kind != 'none' else ''}) "
                 f"{_copy_formula(weights.base, itemsize)}+ tokens x micro-batch x hidden x {itemsize} x (blocks x "
-                f"{KEPT_VALUES[level]:g} + {WORKING_VALUES[level]:g}), activation level {level!r}"
+                f"{KEPT_VALUES[level]:g} + {WORKING_VALUES[level] + OUTSIDE_VALUES:g}), activation level {level!r}"
             ),
         },
     }
