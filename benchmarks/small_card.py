@@ -14,9 +14,11 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +30,7 @@ SIZES = {"432x768x93": (432, 768), "704x1280x93": (704, 1280)}
 CASES = (("432x768x93", "auto", 6), ("432x768x93", "none", 2), ("704x1280x93", "full", 2))
 
 
-def run_case(folder: Path, size: str, activation: str, steps: int, cap_gib: float, tiny: bool) -> dict[str, object]:
+def run_case(folder: Path, size: str, activation: str, steps: int, cap_gib: float, tiny: bool) -> dict[str, Any]:
     """Train under the cap: peak memory and time, or the error."""
     if not tiny:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -54,30 +56,36 @@ def main() -> None:
     parser.add_argument("--cap-gib", type=float, default=22.0)
     parser.add_argument("--tiny", action="store_true", help="try the script with the demo's model; no numbers")
     parser.add_argument("--case", type=int, help="run this one, in --folder, and print what came of it")
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=Path, help="where the job is, or is made and left")
+    parser.add_argument("--at-once", action="store_true", help="all cases side by side; their times then say nothing")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.case is not None:
         print(json.dumps(run_case(options.folder, *CASES[options.case], options.cap_gib, options.tiny)))
         return
-    with tempfile.TemporaryDirectory(prefix="latentline-") as folder:
+    with tempfile.TemporaryDirectory(prefix="latentline-") as temporary:
+        folder = options.folder or Path(temporary)
         for size in dict.fromkeys(size for size, _, _ in CASES):
-            make_job(Path(folder), shape=latent_shape(*SIZES[size]), samples=4, tiny=options.tiny)
-        rows = []
-        for index, (size, activation, steps) in enumerate(CASES):
-            own = ["--case", str(index), "--folder", folder, "--cap-gib", str(options.cap_gib)]
-            command = [sys.executable, "-m", "benchmarks.small_card", *own, *(["--tiny"] if options.tiny else [])]
+            make_job(folder, shape=latent_shape(*SIZES[size]), samples=4, tiny=options.tiny)
+        given = ["--folder", str(folder), "--cap-gib", str(options.cap_gib), *(["--tiny"] if options.tiny else [])]
+
+        def case(index: int) -> dict[str, Any]:
+            command = [sys.executable, "-m", "benchmarks.small_card", "--case", str(index), *given]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             told = json.loads(done.stdout.splitlines()[-1])
-            rows.append((size, activation, steps, told))
-            print(*rows[-1], flush=True)
+            print(*CASES[index], told, flush=True)
+            return told
+
+        with ThreadPoolExecutor(len(CASES) if options.at_once else 1) as pool:
+            rows = [(*CASES[index], told) for index, told in enumerate(pool.map(case, range(len(CASES))))]
     lines = ["| size | activation | s/step | peak allocated GiB | held by the allocator GiB |", "|---|---|---|---|---|"]
     for size, activation, _, told in rows:
         if "error" in told:
             lines.append(f"| {size} | {activation} | out of memory | | |")
         else:
-            numbers = f"{told['seconds']:.3f} | {told['allocated']:.1f} | {told['reserved']:.1f}"
+            seconds = "-" if options.at_once else f"{told['seconds']:.3f}"
+            numbers = f"{seconds} | {told['allocated']:.1f} | {told['reserved']:.1f}"
             lines.append(f"| {size} | {activation} | {numbers} |")
     errors = [f"- {size}, {activation}: `{told['error']}`" for size, activation, _, told in rows if "error" in told]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -26,7 +26,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.real_checkpoint import TEXT_7B, TRANSFORMER_2B, bfloat16_on
 from train import cosmos25
-from train.activation import LEVELS, OUTSIDE_VALUES, MemoryPlan, choose_levels, estimate, measure, set_levels
+from train.activation import MemoryPlan, estimate, measured_plan, set_levels
 from train.adapters import adapter_parameters, add_adapter
 from train.attention import Kernel, attend, choose_kernel, use_kernel
 from train.config import LoraConfig, ObjectiveConfig
@@ -195,11 +195,9 @@ def ours(
     with use_kernel(kernel):
         if level == "auto":
             inputs = block_inputs(model, (1, *shape), CONTEXT_LENGTH, DEVICE)
-            kept, working = measure(blocks[1], inputs, LEVELS)
-            resident += int(inputs[0].nbytes * OUTSIDE_VALUES)
-            del inputs
             limit = int(memory_gib * 2**30)
-            plan = choose_levels(len(blocks), resident=resident, kept=kept, working=working, limit=limit)
+            plan = measured_plan(blocks[1], inputs, num_blocks=len(blocks), resident=resident, limit=limit)
+            del inputs
         else:
             tokens = cosmos25.num_tokens(model, shape)
             plan = estimate(level, num_blocks=28, resident=resident, tokens=tokens, hidden_size=2048, itemsize=2)

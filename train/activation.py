@@ -77,7 +77,7 @@ def choose_levels(
 ) -> MemoryPlan:
     """Give every block the richest level that fits, the last blocks first: the backward pass frees what they keep
     before it gets to the others. The poorest level for all if nothing fits."""
-    for poor, rich in reversed(list(itertools.pairwise(level for level in LEVELS if level in kept))):
+    for poor, rich in reversed(list(itertools.pairwise(LEVELS))):
         for count in range(num_blocks, -1, -1):
             levels = (poor,) * (num_blocks - count) + (rich,) * count
             plan = MemoryPlan(levels, resident, kept, working, limit)
@@ -104,32 +104,39 @@ def set_levels(blocks: Sequence[nn.Module], levels: Sequence[Level], *, compiled
         block.forward = partial(runs[level], block)
 
 
-def measure(
-    block: nn.Module, inputs: tuple[Tensor, ...], levels: Sequence[Level]
-) -> tuple[dict[Level, int], dict[Level, int]]:
-    """Run one block forward and backward at each level: bytes kept, and the most needed beside them, by level.
+def measured_plan(
+    block: nn.Module, inputs: tuple[Tensor, ...], *, num_blocks: int, resident: int, limit: int, every: bool = False
+) -> MemoryPlan:
+    """Run one block forward and backward to see what each level keeps, and choose every block's level.
 
-    A level that the device has not enough memory for, with this one block alone, is left out.
-
-    block, inputs: on a CUDA device, the first input requiring a gradient.
+    block, inputs: on a CUDA device, the first input requiring a gradient. resident: bytes of weights, gradients and
+    optimizer state. Levels are measured from the richest on, until all blocks fit; `every` one where ranks measure
+    together, so that they do the same. Raises `torch.OutOfMemoryError` if
+    the device has not enough for one block.
     """
-    device = inputs[0].device
-    kept: dict[Level, int] = {}
-    working: dict[Level, int] = {}
-    for level in levels:
+    value = inputs[0].nbytes
+    resident += int(value * OUTSIDE_VALUES)
+    kept = {level: int(value * values) for level, values in KEPT_VALUES.items()}
+    working = {level: int(value * values) for level, values in WORKING_VALUES.items()}
+    for level in reversed(LEVELS):
         set_levels([block], [level], compiled=True)
         try:
             for _ in range(2):  # the first run compiles
-                kept[level], working[level] = _measure_once(block, inputs, device)
+                kept[level], working[level] = _measure_once(block, inputs)
         except torch.OutOfMemoryError:
-            kept.pop(level, None)
-        block.zero_grad(set_to_none=True)
-        inputs[0].grad = None
+            if level == LEVELS[0]:
+                raise
+            working[level] = limit
+        if not every and MemoryPlan((level,) * num_blocks, resident, kept, working, limit).peak <= limit:
+            break
     del block.forward
-    return kept, working
+    return choose_levels(num_blocks, resident=resident, kept=kept, working=working, limit=limit)
 
 
-def _measure_once(block: nn.Module, inputs: tuple[Tensor, ...], device: torch.device) -> tuple[int, int]:
+def _measure_once(block: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, int]:
+    device = inputs[0].device
+    block.zero_grad(set_to_none=True)
+    inputs[0].grad = None
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     output = block(*inputs)

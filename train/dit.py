@@ -26,6 +26,7 @@ from train.context_parallel import all_tokens, own_rows, own_tokens, whole
 from train.flops import attention_flops, linear_flops
 from train.gelu import gelu
 from train.linear import linear, stacked_linear
+from train.normalise import normalise
 from train.temporal import ADAPTER
 
 
@@ -195,7 +196,7 @@ def _per_frame(x: Tensor, num_times: int) -> Tensor:
 
 
 def _scaled(norm: nn.Module, x: Tensor, shift_BTC: Tensor, scale_BTC: Tensor) -> Tensor:
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=norm.norm.eps)
+    normed = normalise(x, norm.norm.eps)
     shift, scale = shift_BTC.float().unsqueeze(2), scale_BTC.float().unsqueeze(2)
     return (_per_frame(normed, shift_BTC.shape[1]) * (1 + scale) + shift).to(x.dtype).flatten(1, 2)
 

@@ -22,9 +22,8 @@ from train.activation import (
     WORKING_VALUES,
     Level,
     MemoryPlan,
-    choose_levels,
     estimate,
-    measure,
+    measured_plan,
     set_levels,
 )
 from train.attention import Kernel, choose_kernel, use_kernel
@@ -189,15 +188,15 @@ def _plan_memory(
         inputs = family.block_inputs(
             transformer, (config.micro_batch_size, *shape), snapshot.fingerprints["context"]["length"], device
         )
-        kept, working = measure(block, inputs, LEVELS)
-        if "full" not in kept:
+        try:
+            limit = _usable_bytes(config, device)
+            together = config.context_parallel > 1
+            return measured_plan(block, inputs, num_blocks=num_blocks, resident=resident, limit=limit, every=together)
+        except torch.OutOfMemoryError as error:
             raise LatentlineError(
                 f"out of GPU memory with one block of the model alone, for latents of {'x'.join(map(str, shape))}; "
                 "encode smaller or fewer frames, or share samples with train.context_parallel"
-            )
-        limit = _usable_bytes(config, device)
-        resident += int(inputs[0].nbytes * OUTSIDE_VALUES)
-        return choose_levels(num_blocks, resident=resident, kept=kept, working=working, limit=limit)
+            ) from error
     level: Level = "none" if config.activation == "auto" else POLICY_LEVELS[config.activation]
     return estimate(
         level,
