@@ -63,7 +63,9 @@ class MemoryPlan:
     def peak(self) -> int:
         """Predicted peak, bytes: when a block works, those after it keep nothing, or nothing any more."""
         kept = itertools.accumulate(self.kept[level] for level in self.levels)
-        return self.resident + max(sum(pair) for pair in zip(kept, map(self.working.get, self.levels), strict=True))
+        return self.resident + max(
+            before + self.working[level] for before, level in zip(kept, self.levels, strict=True)
+        )
 
     def describe(self) -> str:
         counts = Counter(self.levels)
@@ -153,7 +155,7 @@ def _run_at(level: Level, forward: Callable[..., Tensor], *, compiled: bool) -> 
     if not compiled:
         return run
     # Its one warning here, a rank, asks that checkpointed regions hold no in-place operations; ours hold none.
-    torch._logging.set_logs(dynamo=logging.ERROR)
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     # 28 blocks run one graph a level; a second graph serves the first block, whose input needs no gradient.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(run, fullgraph=True, dynamic=False)

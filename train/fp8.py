@@ -135,7 +135,7 @@ class _Fp8Linear(torch.autograd.Function):
             ones_K = scale_M.new_ones(transposed_KM.shape[0])
             up_KR = None if down is None else down.t()
             grad_x = torch.ops.latentline.fp8_matmul(rows, scale_N1, transposed_KM, ones_K, grad_low_rank, up_KR)
-        if down is None:
+        if down is None or grad_low_rank is None:
             return grad_x, None, None, None, None, None
         return grad_x, None, None, None, grad_low_rank.t() @ x_NK, grad_NM.t() @ low_rank
 

@@ -1,6 +1,7 @@
-"""A Triton kernel of the 8-bit linear layers: a low-rank product added in place, at the memory's speed.
+"""A Triton kernel of the 8-bit linear layers: a low-rank product added in place.
 
-The library's product with an addend is at half of that for an inner dimension as small as an adapter's rank.
+The library's product with an addend is slower the wider the output is, for an inner dimension as small as an adapter's
+rank (benchmarks/notes.md).
 """
 
 from __future__ import annotations

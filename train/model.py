@@ -66,7 +66,7 @@ class Built:
 
     def out_of_memory(self, config: TrainConfig) -> str:
         """Say which three settings would fit, and what they are predicted to take."""
-        least = replace(self.plan, levels=("full",) * len(self.plan.levels))
+        least = replace(self.plan, levels=LEVELS[:1] * len(self.plan.levels))
         static, activations = least.resident, least.peak - least.resident
         ranks = 2 * config.context_parallel
         options = {"train.activation=full": 1.0}

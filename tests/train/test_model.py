@@ -1,10 +1,12 @@
 import pytest
+import torch
 
 from manifests.config import ModelConfig
 from manifests.errors import StaleCacheError, UsageError
 from tests.train.caches import SHAPE, make_snapshot
+from train.activation import estimate
 from train.config import LoraConfig, ScheduleConfig, TrackConfig, TrainConfig
-from train.model import describe
+from train.model import Built, describe
 
 
 @pytest.fixture
@@ -54,3 +56,34 @@ def test_describe_makes_the_checks_of_a_run(model, tiny_checkpoint, tmp_path):
         describe(model, config(lora=LoraConfig(targets=("nothing",))), snapshot)
     with pytest.raises(UsageError, match="wandb"):
         describe(model, config(track=TrackConfig(wandb=True)), snapshot)
+
+
+def out_of_memory(limit_gib, level="attention", halves=True, **changes):
+    """The message of a run of the 2B model's size at 31,104 tokens."""
+    resident, micro_batches = 5 * 2**30, changes.get("micro_batch_size", 1)
+    tokens = 31_104 * micro_batches
+    plan = estimate(level, num_blocks=28, resident=resident, tokens=tokens, hidden_size=2048, itemsize=2)
+    built = Built(torch.nn.Module(), "sdpa", plan, 1.0, "", int(limit_gib * 2**30), halves)
+    message = built.out_of_memory(config(**changes))
+    assert "\n" not in message
+    return message.split("would fit: ")[1]
+
+
+def test_out_of_memory_names_three_settings_that_fit():
+    told = out_of_memory(20, micro_batch_size=2)
+    assert told.startswith("train.activation=full (predicted ")
+    assert "train.micro_batch_size=1" in told
+    assert "train.context_parallel=2 on 2 GPUs a sample" in told
+    assert told.endswith("; each with train.activation=full")
+    assert told.count("predicted") == 3
+
+
+def test_out_of_memory_names_only_what_helps_and_fits():
+    assert "activation=full (" not in out_of_memory(20, level="full")
+    assert "context_parallel" not in out_of_memory(20, halves=False)
+    assert "context_parallel=4" in out_of_memory(20, context_parallel=2)
+    told = out_of_memory(9, level="full")
+    sizes = [float(part.split(" GiB")[0]) for part in told.split("predicted ")[1:]]
+    assert sizes
+    assert all(size <= 9 for size in sizes)
+    assert out_of_memory(4).startswith("nothing; the weights take 5.")
