@@ -53,7 +53,7 @@ def gradients(transformer):
     loss.backward()
     found = {name: p.grad.float().clone() for name, p in adapter_parameters(transformer).items()}
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
-    return float(loss), found
+    return float(loss.detach()), found
 
 
 def random(*shape, seed=0, dtype=torch.bfloat16):
@@ -120,6 +120,20 @@ def test_losses_and_gradients_stay_close_to_bfloat16_s(model, method):
     assert distance(bf16, exact) < distance(fp8, exact) < 0.15
     cosine = F.cosine_similarity(flat(fp8), flat(exact), dim=0)
     assert cosine > 0.99
+
+
+def test_training_follows_bfloat16_s_losses(model):
+    def losses(transformer):
+        trained = list(adapter_parameters(transformer).values())
+        optimizer = torch.optim.AdamW(trained, lr=3e-3)
+        for _ in range(12):
+            yield gradients(transformer)[0]
+            optimizer.step()
+
+    sixteen = list(losses(adapted(model, torch.bfloat16)))
+    eight = list(losses(quantised(adapted(model, torch.bfloat16))))
+    assert sixteen[-1] < 0.9 * sixteen[0]
+    assert eight == pytest.approx(sixteen, rel=0.02)
 
 
 def test_only_layers_of_tokens_change_and_nothing_is_counted_twice(transformer):
