@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
 from manifests.config import STRICT, Dtype
 from manifests.errors import UsageError
+from manifests.hints import HintKind, Preset
 from manifests.mixture import Mixture
 
 Layout = Literal["folder", "pairs", "gr1", "videoufo", "webdataset", "huggingface", "table"]
@@ -23,6 +24,7 @@ class FiltersConfig:
     min_frames: frames of the source, or of the part of it that is used; an image has one.
     min_seconds, max_seconds: duration of the same. min_height, min_width: pixels of the source, after rotation.
     min_fps: mean frames a second of the source.
+    first: at most so many, the first in the dataset's order that no other filter leaves out; the rest are not read.
     where: a condition on the values that come with a video: the columns of its table, or the fields of its JSON file
         (`manifests/filters.py` has the grammar): `"aesthetic >= 5 and not source = 'web'"`.
     """
@@ -33,6 +35,7 @@ class FiltersConfig:
     min_height: int | None = Field(default=None, ge=1)
     min_width: int | None = Field(default=None, ge=1)
     min_fps: _Positive | None = None
+    first: int | None = Field(default=None, ge=1)
     where: str | None = None
 
 
@@ -55,6 +58,8 @@ class DatasetConfig:
         draws its row that much more or less often than others of the dataset, whose weight is 1 unless stated.
     start_column, end_column: optional columns of a table, seconds from the video's first frame; a row without
         them is the whole video.
+    hints_path: the folder with `depth/<name>.mp4` and `seg/<name>.mp4` of each video, where `encode.hints` asks for
+        them; null means the dataset's own folder.
     allow_missing_videos: leave out captions whose video is not there, for parts of a large dataset, and count them.
     """
 
@@ -71,6 +76,7 @@ class DatasetConfig:
     weight_column: str = "weight"
     start_column: str = "start"
     end_column: str = "end"
+    hints_path: str | None = None
     allow_missing_videos: bool = False
     filters: FiltersConfig = Field(default_factory=FiltersConfig)
 
@@ -115,12 +121,50 @@ class WindowsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class HintsConfig:
+    """Control videos kept beside the latents, for models that take them (`manifests.hints` says what they are).
+
+    kinds: `edge` and `vis` are computed from each window, `depth` and `seg` are videos the dataset has.
+    variants: of each computed hint a window, each with parameters of its own; training draws one a visit.
+    seed: of the parameters, which are drawn from the video's hash, the window and the variant.
+    edge_preset, vis_preset: fixed parameters, those of inference, instead of drawn ones; one variant then.
+    """
+
+    kinds: tuple[HintKind, ...] = ()
+    variants: int = Field(default=4, ge=1, le=64)
+    seed: int = 0
+    edge_preset: Preset | None = None
+    vis_preset: Preset | None = None
+
+    @field_validator("kinds")
+    @classmethod
+    def _are_different(cls, value: tuple[HintKind, ...]) -> tuple[HintKind, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("name each kind once")
+        return tuple(sorted(value))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExtractConfig:
+    """Models that `latentline encode --make` makes control videos with: folders or hub ids, in transformers' format.
+
+    seg_points: a side of the grid of points in the first frame, at each of which an object is looked for.
+    """
+
+    depth: str = "depth-anything/Depth-Anything-V2-Small-hf"
+    seg: str = "facebook/sam2.1-hiera-small"
+    seg_points: int = Field(default=6, ge=1, le=32)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EncodeConfig:
     """What is written to the cache, and how the work is spread.
 
     cache: local folder or object-store URL (s3://, gs://, az://).
     snapshot: name that points at the snapshot `encode` writes.
     height, width: pixels, divisible by 16. num_frames: 4k+1 frames at `fps` (`source`: the source's own rate).
+    resize: `stretch` videos to height x width, or fit them and `pad` with their reflection, which training then masks.
+    hints: control videos to keep besides. extract: models that make depth and seg videos on request.
     dtype: compute and storage dtype of latents and contexts.
     text: `projected` stores the DiT's 1,024-wide projection of the text, `raw` the full 100,352-wide one.
     text_length: tokens a caption is padded or truncated to.
@@ -128,7 +172,7 @@ class EncodeConfig:
     shard_mb: size a shard aims at, in MiB of entries.
     text_batch: captions a text-encoder call. decode_workers: decoding processes an encoder; null means
     one a core this process may use, from 2 to 8.
-    decode_timeout: seconds one window may take to decode before its video is quarantined.
+    decode_timeout: seconds one window may take to decode before its video is quarantined; 8 times that to blur it.
     encoders: encoder actors; null means one a GPU, or one on a CPU.
     max_failed: fraction of the videos that may be quarantined before the job stops.
     """
@@ -140,6 +184,9 @@ class EncodeConfig:
     num_frames: int = 93
     fps: Annotated[float, Field(gt=0)] | Literal["source"] = 16.0
     windows: WindowsConfig = Field(default_factory=WindowsConfig)
+    resize: Literal["stretch", "pad"] = "stretch"
+    hints: HintsConfig = Field(default_factory=HintsConfig)
+    extract: ExtractConfig = Field(default_factory=ExtractConfig)
     dtype: Dtype = "bfloat16"
     text: Literal["projected", "raw"] = "projected"
     text_length: int = Field(default=512, ge=1)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from encode.config import EncodeConfig
-from encode.decode import PIXEL_POLICY
+from encode.decode import PAD_POLICY, PIXEL_POLICY
 from encode.wan import VERSION, ChunkedEncoder
 from encode.wan_decoder import accelerate_decode
 from manifests.config import ModelConfig
@@ -49,6 +49,14 @@ __all__ = [
 
 
 def check_geometry(config: EncodeConfig) -> None:
+    """Raise `UsageError` unless height and width are divisible by 16 and num_frames is 4k+1, without hints."""
+    if config.hints.kinds or config.resize != "stretch":
+        what = 'encode.resize = "pad"' if config.resize != "stretch" else "encode.hints"
+        raise UsageError(f'{what}: Cosmos-Predict2.5 takes none; set model.family = "cosmos-transfer2.5", or drop it')
+    check_sizes(config)
+
+
+def check_sizes(config: EncodeConfig) -> None:
     """Raise `UsageError` unless height and width are divisible by 16 and num_frames is 4k+1."""
     for name, value in (("height", config.height), ("width", config.width)):
         if value < SIZE_MULTIPLE or value % SIZE_MULTIPLE:
@@ -78,7 +86,7 @@ def latents_parts(model: ModelConfig, config: EncodeConfig) -> dict[str, Any]:
         "channels": vae["z_dim"],
         "strides": [TEMPORAL_STRIDE, SPATIAL_STRIDE, SPATIAL_STRIDE],
         "dtype": config.dtype,
-        "pixels": PIXEL_POLICY,
+        "pixels": PIXEL_POLICY if config.resize == "stretch" else PAD_POLICY,
         "range": "rgb uint8 / 127.5 - 1",
         "value": "posterior mean, unnormalised",
         "encoder": VERSION,
@@ -152,6 +160,7 @@ class VideoEncoder:
             model.path, revision=model.revision, subfolder="vae", torch_dtype=self._dtype
         )
         self._vae.to(device).eval().requires_grad_(False)
+        self.latents_mean: list[float] = list(self._vae.config.latents_mean)
         self._fast = ChunkedEncoder(self._vae) if _has_fast_kernels(device, self._dtype) else None
 
     @torch.no_grad()
@@ -214,8 +223,17 @@ class TextEncoder:
         self._width = entry_shape("context", model, config)[1]
         self._projection: tuple[torch.Tensor, torch.Tensor] | None = None
         if config.text == "projected":
-            weight, bias = _read_projection(model)
-            self._projection = weight.to(device, torch.float32), bias.to(device, torch.float32)
+            self._projection = self._read(component_folder(model, "transformer"))
+
+    def _read(self, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias = _read_projection(folder)
+        return weight.to(self._device, torch.float32), bias.to(self._device, torch.float32)
+
+    def add_projection(self, folder: Path) -> None:
+        """Project with another model's `crossattn_proj` too: contexts become [L, 2 D], its part last."""
+        assert self._projection is not None
+        second = self._read(folder)
+        self._projection = tuple(torch.cat(parts) for parts in zip(self._projection, second, strict=True))
 
     def num_tokens(self, caption: str) -> int:
         """Tokens of the caption in its chat template, before padding or truncation to `encode.text_length`."""
@@ -272,9 +290,8 @@ def _normalise(state_BLD: torch.Tensor) -> torch.Tensor:
     return (state_BLD - mean) / (state_BLD.std(dim=-1, keepdim=True) + 1e-8)
 
 
-def _read_projection(model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read only the projection's two tensors from the DiT's files, not the DiT."""
-    folder = component_folder(model, "transformer")
+def _read_projection(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read only the projection's two tensors from a model's files, not the model."""
     names = [f"{PROJECTION}.weight", f"{PROJECTION}.bias"]
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -2,15 +2,15 @@
 
 The decoder seeks to the keyframe before the first frame, decodes no further than the last, and takes each frame by
 its presentation time. Pictures are turned as the metadata says and stretched to the size asked for in the one pass
-that makes them RGB. Colours are converted by the matrix and range the file states; YUV that states none is BT.601,
-which is what FFmpeg writes unlabelled. 10 and 12 bits become 8; HDR is not tone-mapped.
+that makes them RGB, or fitted and padded by reflection. Colours are converted by the matrix and range the file states;
+YUV that states none is BT.601, which is what FFmpeg writes unlabelled. 10 and 12 bits become 8; HDR is not tone-mapped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +28,24 @@ from encode.probe import (
     probe,
 )
 from encode.windows import target_frames
+from manifests.hints import HintKind, make_hint
+from manifests.padding import content_box, reflect
 
 __all__ = ["PIXEL_POLICY", "DecodeError", "DecodeJob", "VideoInfo", "decode_window", "probe"]
 
 PIXEL_POLICY = "stretch-bilinear-bitexact-untagged601/1"
 """Names how pixels are made, for fingerprints; changes whenever the same file would give other pixels."""
 
+PAD_POLICY = "fit-bicubic-reflect-bitexact-untagged601/1"
+"""The same with `resize = "pad"`."""
+
 # BITEXACT and ACCURATE_RND give the same bytes on every CPU; the last one keeps the chroma sharp.
-_SCALING = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+_EXACT = Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
+_SCALING = {
+    "bilinear": Interpolation.BILINEAR | _EXACT,
+    "bicubic": Interpolation.BICUBIC | _EXACT,
+    "nearest": Interpolation.POINT | _EXACT,
+}
 _UNSPECIFIED = 2
 
 
@@ -47,6 +57,9 @@ class DecodeJob:
     first: target frame the window begins with, as `encode.windows.plan_windows` gives it.
     num_frames: target frames. fps: target frames a second, None for the source's own frames.
     height, width: pixels. start, end: the part of the video the target frames were counted in, seconds.
+    resize: `stretch` the picture, or fit it and `pad` with its reflection. interpolation: `bilinear`, `bicubic` or
+    `nearest`. box: where the picture goes (top, left, height, width); None says `resize`. hint: kind and parameters of
+    the hint to compute of each frame, instead of the frame. patience: how much longer than usual it may take.
     """
 
     path: str | VideoFile
@@ -57,6 +70,11 @@ class DecodeJob:
     width: int
     start: float | None = None
     end: float | None = None
+    resize: Literal["stretch", "pad"] = "stretch"
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    box: tuple[int, int, int, int] | None = None
+    hint: tuple[HintKind, dict[str, Any]] | None = None
+    patience: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -89,7 +107,10 @@ def decode_window(job: DecodeJob, out: npt.NDArray[np.uint8] | None = None, thre
         rows_of.setdefault(int(index.pts[frame]), []).append(row)
 
     for seek_to in _seek_times(index, min(rows_of)):
-        if _decode_from(path, index, seek_to, rows_of, out, threads):
+        if _decode_from(path, index, seek_to, rows_of, out, threads, job):
+            if job.hint is not None:
+                for row, frame in enumerate(out):
+                    out[row] = make_hint(*job.hint, frame)
             return out
     raise DecodeError(f"{path}: the frame at {_seconds(index, min(rows_of))} cannot be decoded")
 
@@ -117,6 +138,7 @@ def _decode_from(
     rows_of: dict[int, list[int]],
     out: npt.NDArray[np.uint8],
     threads: int,
+    job: DecodeJob,
 ) -> bool:
     """Fills `out`; False when decoding from there yields nothing at or before the first frame wanted."""
     missing = sorted(rows_of, reverse=True)
@@ -136,7 +158,7 @@ def _decode_from(
             if frame.is_corrupt:
                 raise DecodeError(f"{path}: the frame at {_seconds(index, pts)} is damaged")
             rows = rows_of[missing.pop()]
-            _write(frame, orientation(path, frame), reformatter, out[rows[0]])
+            _write(frame, orientation(path, frame), reformatter, out[rows[0]], job)
             out[rows[1:]] = out[rows[0]]
             if not missing:
                 return True
@@ -168,8 +190,22 @@ def _decoded(container: Any, stream: Any, index: FrameIndex, wanted: Set[int]) -
             return
 
 
-def _write(frame: Any, turn: Orientation, reformatter: VideoReformatter, out: npt.NDArray[np.uint8]) -> None:
+def _write(
+    frame: Any, turn: Orientation, reformatter: VideoReformatter, picture: npt.NDArray[np.uint8], job: DecodeJob
+) -> None:
     """One decoded frame into one [height, width, 3] of the output."""
+    box = job.box or (0, 0, job.height, job.width)
+    if job.box is None and job.resize == "pad":
+        shown = (frame.width, frame.height) if turn.transpose else (frame.height, frame.width)
+        box = content_box(*shown, job.height, job.width)
+    top, left, inner_height, inner_width = box
+    _write_box(frame, turn, reformatter, picture[top : top + inner_height, left : left + inner_width], job)
+    reflect(picture, box)
+
+
+def _write_box(
+    frame: Any, turn: Orientation, reformatter: VideoReformatter, out: npt.NDArray[np.uint8], job: DecodeJob
+) -> None:
     height, width = out.shape[1::-1] if turn.transpose else out.shape[:2]
     unlabelled = frame.colorspace == _UNSPECIFIED and not frame.format.is_rgb
     rgb = reformatter.reformat(
@@ -179,7 +215,7 @@ def _write(frame: Any, turn: Orientation, reformatter: VideoReformatter, out: np
         format="rgb24",
         src_colorspace=Colorspace.ITU601 if unlabelled else None,
         dst_color_range=ColorRange.JPEG,
-        interpolation=_SCALING,
+        interpolation=_SCALING[job.interpolation],
         threads=1,
     )
     plane = rgb.planes[0]

@@ -16,6 +16,7 @@ import sys
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 
+import cv2
 import numpy as np
 
 from encode.decode import DecodeJob, decode_window, probe
@@ -32,6 +33,7 @@ def main(socket: int, memory_mib: int, threads: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if memory_mib:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
+    cv2.setNumThreads(threads)
     connection = Connection(socket)
     connection.send(None)
     while True:

@@ -26,7 +26,8 @@ from manifests.events import EventLog
 from manifests.family import find_family
 from manifests.plan import Plan, adopt_plan, make_plan, missing_entries
 from manifests.repair import mend_snapshots
-from manifests.schema import KINDS, PLAN
+from manifests.sample_rows import flat_hints, hint_rows
+from manifests.schema import KINDS, PLAN, SAMPLE_KINDS, Kind
 from manifests.snapshot import Snapshot, SnapshotCounts, build_snapshot
 from manifests.store import Store
 
@@ -50,8 +51,13 @@ class EncodePlan:
     cache: Cache | None
 
     @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of entries the job has."""
+        return tuple(kind for kind in KINDS if kind in self.entry_bytes)
+
+    @property
     def missing_bytes(self) -> int:
-        return sum(self.missing[kind] * self.entry_bytes[kind] for kind in KINDS)
+        return sum(self.missing[kind] * self.entry_bytes[kind] for kind in self.kinds)
 
     @property
     def num_shards(self) -> int:
@@ -94,8 +100,9 @@ def plan_encode(
     found = survey(request, cache, remember=create, retry_failed=retry_quarantined, track=track)
     missing = missing_entries(cache, found.wanted, retry_quarantined=retry_quarantined)
     size = _BYTES[config.dtype]
-    entry_bytes: dict[str, int] = {kind: math.prod(family.entry_shape(kind, model, config)) * size for kind in KINDS}
-    per_shard: dict[str, int] = {kind: max(1, int(config.shard_mb * 2**20 / entry_bytes[kind])) for kind in KINDS}
+    kinds = KINDS if config.hints.kinds else SAMPLE_KINDS
+    entry_bytes: dict[str, int] = {kind: math.prod(family.entry_shape(kind, model, config)) * size for kind in kinds}
+    per_shard: dict[str, int] = {kind: max(1, int(config.shard_mb * 2**20 / entry_bytes[kind])) for kind in kinds}
     footer = {"fingerprints": found.fingerprints, "recipe": recipe}
     if create and cache is not None and len(missing):
         plan = _where_videos_are(adopt_plan(cache, found.wanted, missing, per_shard, footer), found.wanted)
@@ -104,8 +111,8 @@ def plan_encode(
     return EncodePlan(
         survey=found,
         plan=plan,
-        wanted=_count(found.wanted),
-        missing=_count(missing),
+        wanted=_count(found.wanted, kinds),
+        missing=_count(missing, kinds),
         entry_bytes=entry_bytes,
         cache=cache,
     )
@@ -197,7 +204,7 @@ def finish_encode(config: EncodeConfig, planned: EncodePlan, reports: list[Shard
         mend_snapshots(planned.cache)
     compact(planned.cache)
     encoded: dict[str, int] = {
-        kind: sum(r.entries for r in reports if r.kind == kind and r.committed) for kind in KINDS
+        kind: sum(r.entries for r in reports if r.kind == kind and r.committed) for kind in planned.kinds
     }
     return EncodeResult(
         snapshot=snapshot,
@@ -222,7 +229,7 @@ def _quarantined(planned: EncodePlan) -> dict[Clip, str]:
     """An error for each video, or clip, of this job that has a window or its caption in quarantine."""
     assert planned.cache is not None
     found: dict[Clip, str] = {}
-    for kind in KINDS:
+    for kind in planned.kinds:
         found |= _videos_with(planned, kind, planned.cache.index(kind, ["key", "error"]))
     return found
 
@@ -237,6 +244,8 @@ def _videos_with(planned: EncodePlan, kind: str, entries: pa.Table) -> dict[Clip
     """The first error of each video, or clip, whose samples use an entry that has one."""
     samples, wanted = planned.survey.samples, planned.survey.wanted
     bad = entries.filter(pc.is_valid(entries["error"]))
+    if kind == "hint":
+        samples = hint_rows(samples).append_column("hint_key", flat_hints(samples, "hint_keys"))
     ours = samples.filter(pc.is_in(samples[f"{kind}_key"], value_set=bad["key"]))
     clips = wanted.take(pc.index_in(ours["latents_key"], value_set=wanted["key"])).select(["clip_start", "clip_end"])
     errors = dict(zip(bad["key"].to_pylist(), bad["error"].to_pylist(), strict=True))
@@ -262,6 +271,6 @@ def _existing(url: str) -> Cache | None:
     return Cache(url) if store.exists("format.json") else None
 
 
-def _count(table: pa.Table) -> dict[str, int]:
-    kinds = table["kind"].to_pylist()
-    return {kind: kinds.count(kind) for kind in KINDS}
+def _count(table: pa.Table, kinds: tuple[Kind, ...]) -> dict[str, int]:
+    found = table["kind"].to_pylist()
+    return {kind: found.count(kind) for kind in kinds}

@@ -225,9 +225,10 @@ class _Decoder:
             self._connection.send(job)
             if memory is not None:
                 memory.send(self._connection, self._process.pid)
-            if not self._connection.poll(self._timeout_seconds):
+            seconds = self._timeout_seconds * (job.patience if isinstance(job, DecodeJob) else 1.0)
+            if not self._connection.poll(seconds):
                 self._kill()
-                raise DecoderLost(f"{path}: decoding took over {self._timeout_seconds:g} s and was stopped")
+                raise DecoderLost(f"{path}: decoding took over {seconds:g} s and was stopped")
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             ended = self._kill()

@@ -7,25 +7,26 @@ make up (for the snapshot).
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from encode.config import DataConfig, EncodeConfig, FiltersConfig
+from encode.config import DataConfig, EncodeConfig, FiltersConfig, HintsConfig
 from encode.files import FileState, VideoFile, digest_of, parse_location, state_of
 from encode.filters import failing, filtered_sources
 from encode.naming import Clip, Names, clip_of
 from encode.pool import DecodePool
 from encode.probe import DecodeError
-from encode.sources import SourceItem
+from encode.sources import SourceItem, with_hint_videos
 from manifests import keys
 from manifests.cache import Cache
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
 from manifests.family import find_family
+from manifests.hints import GIVEN
 from manifests.snapshot import check_name
 from manifests.sources import SourceFacts, SourceMemory
 
@@ -64,6 +65,7 @@ class Request:
     """
 
     model: ModelConfig
+    data: DataConfig
     config: EncodeConfig
     items: list[SourceItem]
     filters: dict[str, FiltersConfig]
@@ -87,7 +89,28 @@ def check(model: ModelConfig, data: DataConfig, config: EncodeConfig) -> Request
             )
     filters = {name: dataset.filters for name, dataset in data.datasets.items()}
     parts = {"latents": family.latents_parts(model, config), "context": family.context_parts(model, config)}
-    return Request(model, config, found.items, filters, found.left_out, parts)
+    if config.hints.kinds:
+        parts["hint"] = family.hint_parts(model, config)
+    return Request(model, data, config, found.items, filters, found.left_out, parts)
+
+
+def kept_videos(
+    model: ModelConfig,
+    data: DataConfig,
+    config: EncodeConfig,
+    *,
+    track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
+) -> list[tuple[SourceItem, SourceFacts]]:
+    """The videos a job would encode, with what is known of each; hints are not asked for. Errors are `check`'s."""
+    request = check(model, data, replace(config, hints=HintsConfig()))
+    left_out = {name: Counter(counts) for name, counts in request.left_out.items()}
+    with (
+        ThreadPoolExecutor(config.num_decoders) as threads,
+        DecodePool(config.num_decoders, config.decode_timeout) as decoders,
+    ):
+        found = {"memory": SourceMemory(None), "threads": threads, "decoders": decoders, "retry_failed": False}
+        known = dict(_until_full(request, found, track))
+    return [(item, known[item.video]) for item in _kept(request, known, left_out)]
 
 
 def survey(
@@ -106,7 +129,7 @@ def survey(
     Raises `UsageError` for a video that cannot be read, or if filters leave none; one that cannot be probed, or is
     too short, is not an error here but an entry that will be quarantined.
     """
-    config, items, parts = request.config, request.items, request.parts
+    config, parts = request.config, request.parts
     family = find_family("encode", request.model)
     names = Names(config, {kind: keys.fingerprint(value) for kind, value in parts.items()})
     null_key = names.context(None)
@@ -115,31 +138,38 @@ def survey(
 
     memory = SourceMemory(cache)
     failed: dict[Clip, str] = {}
-    videos = list(dict.fromkeys(item.video for item in items))
     known: dict[VideoFile, SourceFacts] = {}
+    left_out = {name: Counter(counts) for name, counts in request.left_out.items()}
     with (
         ThreadPoolExecutor(config.num_decoders) as threads,
         DecodePool(config.num_decoders, config.decode_timeout) as decoders,
     ):
-        looks = _look_at_all(videos, memory, threads, decoders, retry_failed)
+        found: dict[str, Any] = {
+            "memory": memory,
+            "threads": threads,
+            "decoders": decoders,
+            "retry_failed": retry_failed,
+        }
         try:
-            for video, facts in zip(videos, track(looks, len(videos)), strict=True):
+            for video, facts in _until_full(request, found, track):
                 memory.add(facts)
                 known[video] = facts
+            items = _kept(request, known, left_out)
+            if given := [kind for kind in config.hints.kinds if kind in GIVEN]:
+                items = with_hint_videos(request.data, items, given)
+                videos = list(dict.fromkeys(video for item in items for video in item.hints.values()))
+                for video, facts in zip(videos, track(_look_at_all(videos, **found), len(videos)), strict=True):
+                    memory.add(facts)
+                    known[video] = facts
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
             if remember:
                 memory.save()
-    left_out = {name: Counter(counts) for name, counts in request.left_out.items()}
     kept: set[Clip] = set()
     for item in items:
         facts = known[item.video]
-        reason = None if facts.error else failing(request.filters[item.dataset], item, facts)
-        if reason:
-            left_out[item.dataset][reason] += 1
-            continue
         kept.add(clip_of(item, facts))
-        error = names.windows(item, facts)
+        error = names.windows(item, facts, {kind: known[video] for kind, video in item.hints.items()})
         if error:
             failed[clip_of(item, facts)] = error
     if not kept:
@@ -157,6 +187,52 @@ def survey(
         num_windows=names.num_windows,
         left_out={name: dict(+counts) for name, counts in left_out.items() if counts.total()},
     )
+
+
+def _until_full(
+    request: Request, found: Mapping[str, Any], track: Callable[[Iterable[Any], int], Iterable[Any]]
+) -> Iterator[tuple[VideoFile, SourceFacts]]:
+    """Look at each video, in order; no further ones once a dataset has all that its `filters.first` takes."""
+    items_of: dict[VideoFile, list[SourceItem]] = {}
+    for item in request.items:
+        items_of.setdefault(item.video, []).append(item)
+    left = {name: filters.first for name, filters in request.filters.items()}
+    asked: deque[VideoFile] = deque()
+
+    def wanted() -> Iterator[VideoFile]:
+        for video, items in items_of.items():
+            if any(left[item.dataset] != 0 for item in items):
+                asked.append(video)
+                yield video
+
+    for facts in track(_look_at_all(wanted(), **found), len(items_of)):
+        video = asked.popleft()
+        yield video, facts
+        item = items_of[video][0]
+        count = left[item.dataset]
+        if count and (facts.error or not failing(request.filters[item.dataset], item, facts)):
+            left[item.dataset] = count - 1
+
+
+def _kept(
+    request: Request, known: Mapping[VideoFile, SourceFacts], left_out: dict[str, Counter[str]]
+) -> list[SourceItem]:
+    """The items that no filter leaves out; the others are counted."""
+    kept = []
+    counts: Counter[str] = Counter()
+    for item in request.items:
+        filters = request.filters[item.dataset]
+        if filters.first is not None and counts[item.dataset] >= filters.first:
+            left_out[item.dataset]["first"] += 1
+            continue
+        facts = known[item.video]
+        reason = None if facts.error else failing(filters, item, facts)
+        if reason:
+            left_out[item.dataset][reason] += 1
+            continue
+        counts[item.dataset] += 1
+        kept.append(item)
+    return kept
 
 
 def _counted(counts: Counter[str]) -> str:

@@ -7,6 +7,7 @@ VAE, because a plan's context tasks all come before its latents tasks.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import platform
 import time
@@ -24,6 +25,7 @@ from encode.config import EncodeConfig
 from encode.decode import DecodeJob
 from encode.pool import DecodePool, DecoderLost
 from encode.probe import DecodeError
+from encode.window_jobs import decode_job
 from manifests.commit import commit_shard
 from manifests.config import ModelConfig
 from manifests.errors import CorruptError, LatentlineError
@@ -124,7 +126,10 @@ class ShardWorker:
         errors = {row["key"]: row["error"] or oversight.refused.get(row["key"]) for row in task.rows}
         work = _Work(oversight, {key: error for key, error in errors.items() if error})
         try:
-            (self._encode_latents if task.kind == "latents" else self._encode_contexts)(task.rows, work)
+            if task.kind == "context":
+                self._encode_contexts(task.rows, work)
+            else:
+                self._encode_videos(task.kind, task.rows, work)
         except torch.OutOfMemoryError as error:
             size = "encode.text_batch" if task.kind == "context" else "encode.height, encode.width or encode.num_frames"
             raise LatentlineError(f"{self._device}: not enough memory to encode {task.kind}; lower {size}") from error
@@ -151,14 +156,16 @@ class ShardWorker:
             self._pool.close()
             self._pool = self._ahead = None
 
-    def _encode_latents(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
+    def _encode_videos(self, kind: Kind, rows: Sequence[dict[str, Any]], work: _Work) -> None:
+        """Latents or hints: windows of videos through the VAE."""
         if self._pool is None:
             self._pool = DecodePool(self._config.num_decoders, self._config.decode_timeout)
         pool, check = self._pool, work.oversight.check
         waited = pool.wait_seconds
         rows = [row for row in rows if row["key"] not in work.errors]
         with contextlib.closing(self._decode(pool, rows, check)) as decoded:
-            encoder = self._load("VideoEncoder")  # while the first windows are decoded
+            # While the first windows are decoded.
+            encoder = self._load("VideoEncoder" if kind == "latents" else "HintEncoder")
             for row, (job, frames) in zip(rows, decoded, strict=True):
                 if isinstance(frames, DecoderLost):
                     # A busy machine can kill or slow a decoder too: once more before the video is blamed.
@@ -169,12 +176,14 @@ class ShardWorker:
                 with work.encoding(row["key"]):
                     latents_CTHW = encoder.encode(frames)
                 facts = {name: row[name] for name in _LATENTS_FACTS}
-                work.entries[row["key"]] = Entry(row["key"], {"latents": latents_CTHW}, facts)
+                if kind == "hint":
+                    facts |= {"hint": row["hint"], "parameters": json.loads(row["parameters"])}
+                work.entries[row["key"]] = Entry(row["key"], {kind: latents_CTHW}, facts)
         work.wait_seconds = pool.wait_seconds - waited
         expected, self._expected = self._expected, None
-        if expected is not None and expected.kind == "latents":
+        if expected is not None and expected.kind != "context":
             following = [row for row in expected.rows if not row["error"]]
-            self._ahead = [row["key"] for row in following], pool.imap(map(_decode_job, following), check=check)
+            self._ahead = [row["key"] for row in following], pool.imap(self._jobs(following), check=check)
 
     def _decode(self, pool: DecodePool, rows: Sequence[dict[str, Any]], check: Callable[[], None]) -> Decoded:
         """Frames of rows, in order; goes on with what was begun ahead if it was for these rows."""
@@ -183,7 +192,10 @@ class ShardWorker:
             if keys == [row["key"] for row in rows]:
                 return decoded
             decoded.close()
-        return pool.imap(map(_decode_job, rows), check=check)
+        return pool.imap(self._jobs(rows), check=check)
+
+    def _jobs(self, rows: Sequence[dict[str, Any]]) -> Iterator[DecodeJob]:
+        return (decode_job(row, self._config.resize) for row in rows)
 
     def _encode_contexts(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
         encoder = self._load("TextEncoder")
@@ -277,19 +289,6 @@ def _batches(captions: list[dict[str, Any]], size: int, work: _Work) -> Iterator
         if together:
             yield together
         yield from ([row] for row in batch if row["key"] in alone)
-
-
-def _decode_job(row: Mapping[str, Any]) -> DecodeJob:
-    return DecodeJob(
-        path=row["source"],
-        first=row["start"],
-        num_frames=row["num_frames"],
-        fps=row["fps"],
-        start=row["clip_start"],
-        end=row["clip_end"],
-        height=row["height"],
-        width=row["width"],
-    )
 
 
 def _name(row: Mapping[str, Any]) -> str:

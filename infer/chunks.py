@@ -29,7 +29,9 @@ def split_request(request: Request, latent_frames_of: Callable[[int], int]) -> l
     first = replace(request, num_frames=request.chunk_frames)
     clean = latent_frames_of(request.chunk_overlap)
     following = replace(first, image=None, video=None, num_latent_conditional_frames=clean)
-    return [first] + [replace(following, seed=request.seed + index) for index in range(1, count)]
+    return [first] + [
+        replace(following, seed=request.seed + index, first_frame=index * step) for index in range(1, count)
+    ]
 
 
 def generate_pieces(

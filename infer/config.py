@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from manifests.config import STRICT, Dtype
+from manifests.hints import HintKind
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -32,6 +33,14 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ControlnetConfig:
+    """A controlnet: a folder with `config.json` and weights, or a hub id; revision: of the hub id."""
+
+    path: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class InferConfig:
     """How videos are generated.
 
@@ -47,6 +56,8 @@ class InferConfig:
     parallel: what several ranks do. requests: each makes videos of its own. cfg: pairs make one, a rank for the prompt
     and one for the negative prompt. context: all share the tokens of one video. auto: requests while there are enough
     of them, else pairs, else shared tokens. Frames are the same within rounding, and exactly so with `requests`.
+    controlnets: of a Transfer model: the controlnet of each kind of hint; empty uses `model.controlnet` for all.
+    side_by_side: of a Transfer model: also write each video beside its hints and its input, in `side_by_side/`.
     grid: also write `grid.mp4`, the videos side by side.
     ground_truth: folder with `<name>.mp4` for each request, to compare with by PSNR and SSIM.
     """
@@ -67,6 +78,8 @@ class InferConfig:
     chunk_frames: int | None = 93
     chunk_overlap: int = 1
     parallel: Literal["auto", "requests", "cfg", "context"] = "auto"
+    controlnets: dict[HintKind, ControlnetConfig] = Field(default_factory=dict)
+    side_by_side: bool = False
     grid: bool = False
     ground_truth: str | None = None
     dtype: Dtype = "bfloat16"

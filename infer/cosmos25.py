@@ -154,12 +154,18 @@ def check_prompt(pipe: Any, prompt: str) -> None:
 @torch.no_grad()
 def encode_prompt(pipe: Any, prompt: str) -> Tensor:
     """The prompt's context, [1, 512, D] on the CPU: the text encoder's states, projected if the model projects."""
+    return project(pipe.transformer, embed_prompt(pipe, prompt)).cpu()
+
+
+@torch.no_grad()
+def embed_prompt(pipe: Any, prompt: str) -> Tensor:
+    """The text encoder's states of a prompt, [1, 512, D], as the pipeline concatenates them."""
     chat = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": prompt}]
     num_tokens = len(pipe.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"])
     if num_tokens > TEXT_LENGTH:
         logger.warning("prompt cut to %d of its %d tokens: %.60s...", TEXT_LENGTH, num_tokens, prompt)
     embeds_BLD, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)
-    return project(pipe.transformer, embeds_BLD).cpu()
+    return embeds_BLD
 
 
 def release_text(pipe: Any) -> None:
@@ -294,7 +300,7 @@ def preview(
     return to_bytes(own), to_bytes(made)
 
 
-def _check_checkpoint(model: ModelConfig) -> None:
+def _check_checkpoint(model: ModelConfig, expected: str = PIPELINE_CLASS) -> None:
     path = Path(model.path)
     is_hub_id = not path.exists() and not path.is_absolute() and len(path.parts) == 2 and path.parts[0] != ".."
     if not is_hub_id and not (path / "model_index.json").is_file():
@@ -304,8 +310,8 @@ def _check_checkpoint(model: ModelConfig) -> None:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"model.path: cannot load {model.path} at revision {model.revision}: {reason}") from error
-    if index["_class_name"] != PIPELINE_CLASS:
-        raise UsageError(f"model.path: {model.path} is a {index['_class_name']}, not a {PIPELINE_CLASS}")
+    if index["_class_name"] != expected:
+        raise UsageError(f"model.path: {model.path} is a {index['_class_name']}, not a {expected}; see model.family")
 
 
 def _build_guardrail() -> Any:

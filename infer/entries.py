@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,12 +23,18 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 MOST_NAME_BYTES = 200
 
 
-def read_entries(path: Path, default: Request) -> list[Request]:
-    """The requests of a file; `infer.documents` says its forms, `Entry` an object's keys."""
+Parse: TypeAlias = "Callable[[str, Path, dict[str, Any], Request], Request]"
+"""(where, the file's folder, an object, what it does not say itself) -> its request."""
+
+
+def read_entries(path: Path, default: Request, parse: Parse | None = None) -> list[Request]:
+    """The requests of a file; `infer.documents` says its forms, `Entry` an object's keys, or the family's `parse`."""
     documents = read_documents(path)
     if not documents:
         raise UsageError(f"{path}: no inputs in this file")
-    return [_parse_entry(where, path.parent, value, default) for where, value in documents]
+    for where, value in documents:
+        _check_object(where, value)
+    return [(parse or _parse_entry)(where, path.parent, value, default) for where, value in documents]
 
 
 class Entry(BaseModel):
@@ -57,25 +64,37 @@ class Entry(BaseModel):
     ground_truth: str | None = None
 
 
-def _parse_entry(where: str, folder: Path, raw: Any, default: Request) -> Request:
+def _check_object(where: str, raw: Any) -> None:
     if not isinstance(raw, dict):
         raise UsageError(f"{where}: expected an object such as {{'name': ..., 'prompt': ...}}")
     for key in raw:
         if not isinstance(key, str):
             raise UsageError(f"{where}: key {key!r} is not text; write it in quotes")
-    entry = _validate(where, raw)
-    if re.search(r"[/\\]", entry.name) or entry.name.startswith("."):
-        raise UsageError(f"{where}: name {entry.name!r} becomes a file name; leave out '/' and a leading '.'")
-    if len(entry.name.encode()) > MOST_NAME_BYTES:
-        raise UsageError(f"{where}: name {entry.name[:40]!r}... becomes a file name; {MOST_NAME_BYTES} bytes at most")
-    if (entry.prompt is None) == (entry.prompt_path is None):
+
+
+def check_name(where: str, name: str) -> None:
+    """Raise UsageError unless an entry's name can be a file's."""
+    if re.search(r"[/\\]", name) or name.startswith("."):
+        raise UsageError(f"{where}: name {name!r} becomes a file name; leave out '/' and a leading '.'")
+    if len(name.encode()) > MOST_NAME_BYTES:
+        raise UsageError(f"{where}: name {name[:40]!r}... becomes a file name; {MOST_NAME_BYTES} bytes at most")
+
+
+def prompt_of(where: str, folder: Path, prompt: str | None, prompt_path: str | None) -> str:
+    """An entry's prompt, from one of the two places it may stand in."""
+    if (prompt is None) == (prompt_path is None):
         raise UsageError(f"{where}: give one of prompt and prompt_path")
-    if entry.prompt_path is not None:
-        prompt = read_prompt(_existing(where, "prompt_path", folder / entry.prompt_path))
-    else:
-        prompt = (entry.prompt or "").strip()
-        if not prompt:
-            raise UsageError(f"{where}: prompt is empty")
+    if prompt_path is not None:
+        return read_prompt(existing(where, "prompt_path", folder / prompt_path))
+    if not (prompt or "").strip():
+        raise UsageError(f"{where}: prompt is empty")
+    return (prompt or "").strip()
+
+
+def _parse_entry(where: str, folder: Path, raw: dict[str, Any], default: Request) -> Request:
+    entry = validate(where, raw, Entry)
+    check_name(where, entry.name)
+    prompt = prompt_of(where, folder, entry.prompt, entry.prompt_path)
     image, video = _conditioning_input(where, folder, entry)
     most = 2 if video else 1 if image else 0
     clean = entry.num_latent_conditional_frames
@@ -91,7 +110,7 @@ def _parse_entry(where: str, folder: Path, raw: Any, default: Request) -> Reques
         "chunk_overlap": entry.chunk_overlap,
     }
     if entry.ground_truth is not None:
-        given["ground_truth"] = _existing(where, "ground_truth", folder / entry.ground_truth)
+        given["ground_truth"] = existing(where, "ground_truth", folder / entry.ground_truth)
     if entry.resolution is not None and entry.resolution != "none":
         given["height"], given["width"] = (int(side) for side in entry.resolution.split(","))
     if entry.enable_autoregressive is False:
@@ -109,15 +128,19 @@ def _parse_entry(where: str, folder: Path, raw: Any, default: Request) -> Reques
     )
 
 
-def _validate(where: str, raw: dict[str, Any]) -> Entry:
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def validate(where: str, raw: dict[str, Any], kind: type[_Model]) -> _Model:
+    """An object as `kind`; UsageError names its first wrong key, by dotted path."""
     try:
-        return Entry.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, Entry.model_fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(Entry.model_fields)}"
+            near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(kind.model_fields)}"
             raise UsageError(f"{where}: unknown key {key!r}; {hint}") from error
         if first["type"] == "missing":
             raise UsageError(f"{where}: {key} is missing") from error
@@ -132,7 +155,7 @@ def _conditioning_input(where: str, folder: Path, entry: Entry) -> tuple[Path | 
         return None, None
     if entry.inference_type == "text2world":
         raise UsageError(f"{where}: text2world takes no input_path; remove it or use image2world")
-    path = _existing(where, "input_path", folder / entry.input_path)
+    path = existing(where, "input_path", folder / entry.input_path)
     suffix = path.suffix.lower()
     if suffix not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
         known = " ".join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
@@ -153,7 +176,8 @@ def read_prompt(path: Path) -> str:
     return prompt
 
 
-def _existing(where: str, key: str, path: Path) -> Path:
+def existing(where: str, key: str, path: Path) -> Path:
+    """The path of a file an entry names; UsageError if there is none."""
     if not path.is_file():
         raise UsageError(f"{where}: {key} {path}: no such file")
     return path

@@ -56,6 +56,17 @@ def check_requests(model: ModelConfig, requests: Sequence[Request]) -> None:
         check_ground_truth(request)
 
 
+def check_controls(model: ModelConfig, config: InferConfig, requests: Sequence[Request]) -> None:
+    """Raise UsageError unless the settings of control fit the model and the requests; loads nothing."""
+    family = find_family("infer", model)
+    if hasattr(family, "check_controls"):
+        family.check_controls(model, config, requests)
+        return
+    for name, given in (("controlnets", config.controlnets), ("side_by_side", config.side_by_side)):
+        if given:
+            raise UsageError(f'infer.{name}: this model takes no control; set model.family = "cosmos-transfer2.5"')
+
+
 def generate(
     model: ModelConfig,
     config: InferConfig,
@@ -79,6 +90,7 @@ def generate(
     UsageError.
     """
     check_requests(model, requests)
+    check_controls(model, config, requests)
     check_adapters(config.adapters, fuse=config.fuse)
     family = find_family("infer", model)
     requests = [
@@ -233,7 +245,7 @@ def _check_output(output: Path) -> None:
 def _report(model: ModelConfig, config: InferConfig, guardrail: bool, ranks: Ranks) -> dict[str, Any]:
     device = ranks.device
     return {
-        "model": asdict(model),
+        "model": {name: value for name, value in asdict(model).items() if value is not None or name == "revision"},
         "adapters": {name: asdict(adapter) for name, adapter in config.adapters.items()},
         "fused": config.fuse,
         "guardrail": guardrail,

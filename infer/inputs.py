@@ -14,7 +14,7 @@ from pathlib import Path
 
 from infer.config import InferConfig
 from infer.documents import SUFFIXES
-from infer.entries import VIDEO_SUFFIXES, read_entries, read_prompt
+from infer.entries import VIDEO_SUFFIXES, Parse, read_entries, read_prompt
 from infer.request import Request, default_request
 from manifests.errors import UsageError
 
@@ -22,15 +22,16 @@ FOLDER_SUFFIXES = (".png", ".jpg", ".jpeg")
 _FORMS = "a prompt, a folder, or a .json, .jsonl or .yaml file"
 
 
-def read_requests(inputs: str, config: InferConfig) -> list[Request]:
+def read_requests(inputs: str, config: InferConfig, parse: Parse | None = None) -> list[Request]:
     """Requests from a folder, a `.json`, `.jsonl` or `.yaml` file, or else the text itself as one prompt.
 
+    parse: the family's own form of an object of a file.
     config: what a request does not say itself; its `ground_truth` folder gives each its video to compare with.
     Text that is one word with a path's separator or a file's suffix is taken for a path, and must exist.
     """
     if not inputs.strip():
         raise UsageError(f"inputs: empty; give {_FORMS}")
-    requests = _read(inputs, default_request(config))
+    requests = _read(inputs, default_request(config), parse)
     check_names(requests, inputs)
     if config.ground_truth is not None:
         requests = _with_ground_truth(requests, Path(config.ground_truth))
@@ -44,7 +45,7 @@ def check_names(requests: Sequence[Request], where: str) -> None:
             raise UsageError(f"{where}: name {name!r} is used {times} times; each video needs its own")
 
 
-def _read(inputs: str, default: Request) -> list[Request]:
+def _read(inputs: str, default: Request, parse: Parse | None) -> list[Request]:
     # A prompt may be longer than a file name may be, which stat() would refuse.
     path = Path(inputs) if len(inputs) < 1024 and "\n" not in inputs else None
     if path is not None and _exists(path):
@@ -52,7 +53,7 @@ def _read(inputs: str, default: Request) -> list[Request]:
             return read_folder(path, default)
         if path.suffix.lower() not in SUFFIXES:
             raise UsageError(f"{path}: inputs are {_FORMS}")
-        return read_entries(path, default)
+        return read_entries(path, default, parse)
     if not re.search(r"\s", inputs) and re.search(r"[/\\]|\.(jsonl?|ya?ml|txt|mp4|png|jpe?g)$", inputs):
         raise UsageError(f"{inputs}: no such file or folder")
     words = re.findall(r"[a-z0-9]+", inputs.lower())[:8]

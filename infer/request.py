@@ -6,6 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infer.config import InferConfig
+from manifests.hints import HintKind, Preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """One hint that steers a video.
+
+    path: the control video; None computes it from the request's source, by `preset`. weight: 0 or more; weights are
+    scaled down where they sum to more than 1. mask: a video, white where the hint counts.
+    """
+
+    kind: HintKind
+    path: Path | None = None
+    weight: float = 1.0
+    mask: Path | None = None
+    preset: Preset = "medium"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +32,8 @@ class Request:
     image, video: what to condition on, at most one; neither is text2world.
     num_latent_conditional_frames: clean latent frames at the start: 0 for text, 1 for an image, 1 or 2 for a
     video (its last 1 or 5 frames). chunk_frames: a longer video is made in pieces of that many frames; null makes
-    any length at once. ground_truth: the video to compare with. The rest as in InferConfig.
+    any length at once. ground_truth: the video to compare with. controls: of a Transfer model. source: the video they
+    are computed from. first_frame: of a piece, in the whole video. The rest as in InferConfig.
     """
 
     name: str
@@ -34,6 +51,9 @@ class Request:
     chunk_frames: int | None = None
     chunk_overlap: int = 1
     ground_truth: Path | None = None
+    controls: tuple[Control, ...] = ()
+    source: Path | None = None
+    first_frame: int = 0
 
 
 def default_request(config: InferConfig) -> Request:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import av
 
 from infer.adapters import find_adapter
-from infer.config import AdapterConfig, InferConfig
+from infer.config import AdapterConfig, ControlnetConfig, InferConfig
 from infer.request import Request
 from infer.trained import is_trained_only, trained_file
 from manifests.config import ModelConfig
@@ -81,7 +81,15 @@ def fingerprints(
         [files_digest(component_folder(model, name), ("*.json",)) for name in _CONFIGS],
         [adapters, config.fuse, config.dtype, config.fps, config.conditioning_timestep, guardrail],
     ]
+    if any(request.controls for request in requests):
+        named = [replace(model, controlnet=net.path, controlnet_revision=net.revision) for net in _nets(config)]
+        shared.append([weights_digest(component_folder(one, "controlnet")) for one in named or [model]])
+        shared.append(sorted(config.controlnets))
     return {request.name: digest([shared, _facts(request)]) for request in requests}
+
+
+def _nets(config: InferConfig) -> list[ControlnetConfig]:
+    return [config.controlnets[kind] for kind in sorted(config.controlnets)]
 
 
 def read_fingerprint(video: Path) -> str | None:
@@ -127,5 +135,13 @@ def _facts(request: Request) -> dict[str, Any]:
     facts = asdict(request) | {
         name: path and file_digest(path) for name, path in (("image", request.image), ("video", request.video))
     }
-    del facts["name"], facts["ground_truth"]
+    for name in ("name", "ground_truth", "controls", "source", "first_frame"):
+        del facts[name]
+    if request.controls:
+        files = ("path", "mask")
+        facts["controls"] = [
+            asdict(control) | {name: (path := getattr(control, name)) and file_digest(path) for name in files}
+            for control in request.controls
+        ]
+        facts["source"] = request.source and file_digest(request.source)
     return facts

@@ -64,6 +64,8 @@ class Studio:
             guardrail=guardrail,
             accelerate_vae=accelerate_vae,
         )
+        if config.controlnets:
+            family.add_controlnets(pipe, model, config.controlnets, dtype=_DTYPES[config.dtype])
         load_adapters(pipe, load_trained_weights(pipe, config.adapters), fuse=config.fuse)
         found = _rejected(family, pipe, requests) if team.is_leader else None
         rejected = json.loads(team.share("rejected", None if found is None else json.dumps(found).encode()))
@@ -133,9 +135,12 @@ class Studio:
                     raise AssertionError("a rank that does not lead has frames")
                 return
             comment = comment_of(fingerprint)
-            with closing(frames), video_writer(path, self.config.fps, comment=comment) as write:
+            fps = self.family.fps_of(request) if request.controls else self.config.fps
+            with closing(frames), video_writer(path, fps, comment=comment) as write:
                 for piece_THWC in frames:
                     write(piece_THWC)
+        if self.config.side_by_side:
+            self.family.write_side_by_side(request, path, fps)
 
 
 def _rejected(family: ModuleType, pipe: Any, requests: Sequence[Request]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from manifests.cache import Cache
 from manifests.keys import FORMAT_VERSION, digest
 from manifests.plan import TAG_DIGITS, plan_tag, read_plan
-from manifests.schema import KINDS, Kind, compacted_path
+from manifests.schema import KINDS, SAMPLE_KINDS, Kind, compacted_path
 from manifests.tables import table_bytes
 
 MIN_SHARDS = 64
@@ -50,7 +50,7 @@ def compact(cache: Cache, *, min_shards: int = MIN_SHARDS) -> dict[Kind, int]:
         for path, part in written.items():
             if not all(f"{shard_id}.parquet" in present for shard_id in part):
                 cache.store.delete(path)
-    return done
+    return {kind: count for kind, count in done.items() if count or kind in SAMPLE_KINDS}
 
 
 def forget(cache: Cache, kind: str, shard_id: str) -> None:

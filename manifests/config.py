@@ -19,11 +19,15 @@ class ModelConfig:
     revision: hub branch, tag or commit; ignored for a local folder.
     family: which `<stage>/<family>.py` knows this model; dots are dropped and dashes become underscores
         to find the file (`cosmos2.5` -> `cosmos25`).
+    controlnet: of Transfer models: a folder with the controlnet's `config.json` and weights, or a hub id; null means
+        the checkpoint's own `controlnet` folder. controlnet_revision: of the hub id; released ones are branches.
     """
 
     path: str
     revision: str | None = None
     family: str = "cosmos2.5"
+    controlnet: str | None = None
+    controlnet_revision: str | None = None
 
     @property
     def family_module(self) -> str:

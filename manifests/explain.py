@@ -19,7 +19,8 @@ _KEY_FIELDS = {
     "latents": ("source_hash", "clip_start", "clip_end", "start", "num_frames", "fps", "height", "width"),
     "context": ("caption",),
 }
-_COLUMNS = ("key", "source", *_KEY_FIELDS["latents"], "caption", "status", "error", "shard", "shard_id")
+_KEY_FIELDS["hint"] = (*_KEY_FIELDS["latents"], "hint", "parameters")
+_COLUMNS = ("key", "source", *_KEY_FIELDS["hint"], "caption", "status", "error", "shard", "shard_id")
 _NEAREST = 32
 
 
@@ -52,7 +53,7 @@ class Explanation:
 def explain(
     cache: Cache, wanted: Sequence[Mapping[str, Any]], parts: Mapping[str, Mapping[str, Any]]
 ) -> list[Explanation]:
-    """Explain entries of one video: rows of schema `WANTED`, latents and the contexts of its captions.
+    """Explain entries of one video: rows of schema `WANTED`, latents, hints and the contexts of its captions.
 
     parts: the fingerprint's parts the entries are wanted with, by kind.
     """
@@ -60,7 +61,7 @@ def explain(
     found = []
     for kind, mine in of_kind.items():
         rows = cache.rows(kind, _COLUMNS)
-        if kind == "latents":
+        if kind != "context":
             related = _of_video(rows, mine)
         else:
             related = _of_captions(cache, rows, mine, of_kind["latents"])
@@ -78,7 +79,8 @@ def _explain(
     footers: dict[str, Mapping[str, Any]],
 ) -> Explanation:
     kind: Kind = row["kind"]
-    what = f"frames {row['start']}+{row['num_frames']}" if kind == "latents" else f"caption {row['caption']!r}"
+    what = f"caption {row['caption']!r}" if kind == "context" else f"frames {row['start']}+{row['num_frames']}"
+    what += f", {row['hint']} {row['parameters']}" if kind == "hint" else ""
     same = rows.filter(pc.equal(rows["key"], row["key"])).to_pylist()
     good = [one for one in same if one["status"] == OK]
     if good:
@@ -100,7 +102,7 @@ def _explain(
 
 
 def _row_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[Change, ...]:
-    fields = _KEY_FIELDS["context" if new["kind"] == "context" else "latents"]
+    fields = _KEY_FIELDS[new["kind"]]
     return tuple(Change(name, old[name], new[name]) for name in fields if old[name] != new[name])
 
 

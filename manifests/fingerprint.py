@@ -25,11 +25,14 @@ _MEMO_VERSION = 1
 def component_folder(model: ModelConfig, name: str) -> Path:
     """Return the local folder of one component (`vae`, `transformer`, ...), downloading it from the hub if
     `model.path` is a hub id. Raises `UsageError` when there is none."""
+    if name == "controlnet" and model.controlnet is not None:
+        return _controlnet_folder(model.controlnet, model.controlnet_revision)
     local = Path(model.path).expanduser()
     if local.is_dir():
         folder = local / name
         if not folder.is_dir():
-            raise UsageError(f"model.path {model.path!r} has no {name!r} folder; is it a diffusers checkpoint?")
+            hint = "set model.controlnet" if name == "controlnet" else "is it a diffusers checkpoint?"
+            raise UsageError(f"model.path {model.path!r} has no {name!r} folder; {hint}")
         return folder
     if local.is_file():
         raise UsageError(
@@ -50,6 +53,25 @@ def component_folder(model: ModelConfig, name: str) -> Path:
     if not folder.is_dir():
         raise UsageError(f"model.path {model.path!r} (revision {model.revision!r}) has no {name!r} folder")
     return folder
+
+
+def _controlnet_folder(path: str, revision: str | None) -> Path:
+    """A controlnet of its own: released ones lie at the root of a branch, without a pipeline around them."""
+    local = Path(path).expanduser()
+    if not local.is_dir():
+        if local.is_absolute() or path.startswith((".", "~")):
+            raise UsageError(f"model.controlnet {path!r}: no such folder")
+        try:
+            local = Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"model.controlnet {path!r} (revision {revision!r}): neither a local folder nor a model the hub gives: "
+                f"{reason}"
+            ) from error
+    if not (local / "config.json").is_file():
+        raise UsageError(f"model.controlnet {path!r} has no config.json; give the folder of a CosmosControlNetModel")
+    return local
 
 
 def weights_digest(folder: Path, prefix: str = "") -> str:

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from manifests.cache import Cache
 from manifests.compact import MIN_SHARDS
 from manifests.plan import read_plan
-from manifests.schema import KINDS, SNAPSHOT
+from manifests.sample_rows import flat_hints
+from manifests.schema import KINDS, SAMPLE_KINDS, SNAPSHOT
 from manifests.store import ObjectInfo
 from manifests.tables import read_table
 
@@ -67,7 +68,8 @@ def _tars(cache: Cache) -> Iterator[tuple[ObjectInfo, str]]:
     for info in cache.store.list("snapshots"):
         if info.path.endswith(".parquet"):
             table, footer = read_table(cache.store.read(info.path), SNAPSHOT, f"{cache.url}/{info.path}")
-            named.update(*(pc.unique(table[f"{kind}_shard"]).to_pylist() for kind in KINDS))
+            named.update(*(pc.unique(table[f"{kind}_shard"]).to_pylist() for kind in SAMPLE_KINDS))
+            named.update(pc.unique(flat_hints(table, "hint_shards")).to_pylist())
             named.update(place["shard"] for place in (footer["null_context"], *footer["negative_contexts"].values()))
     yield from ((info, ABANDONED) for path, info in tars.items() if path not in named)
 

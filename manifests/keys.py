@@ -105,6 +105,18 @@ def latents_key(*, start: int, **window: Any) -> str:
     return latents_keys(starts=[start], **window)[0]
 
 
+def hint_key(*, hint: str, parameters: str, **window: Any) -> str:
+    """Name a hint of one window; the other arguments are those of `latents_key`, of the video the hint is made from.
+
+    hint: its kind. parameters: what it is made with, as `manifests.hints.parameters_text` writes it.
+    """
+    start = window.pop("start")
+    window["fps"] = None if window["fps"] is None else float(window["fps"])
+    window["clip"] = window.get("clip") and list(window["clip"])
+    fields = {"kind": "hint", "hint": hint, "parameters": parameters, "start": start, "format": FORMAT_VERSION}
+    return digest(fields | {"window": window})
+
+
 def context_key(*, caption: str | None, fingerprint: str) -> str:
     """Name the context of one caption; `caption=None` is the null context (dropped text)."""
     return digest({"kind": "context", "caption": caption, "fingerprint": fingerprint, "format": FORMAT_VERSION})
@@ -115,9 +127,18 @@ def captions_key(contexts: Mapping[str, str]) -> str:
     return digest({"captions": dict(contexts)})
 
 
-def sample_id(*, dataset: str, latents: str, context: str) -> str:
-    """Name a training sample by what it is made of. context: its context's key, or the `captions_key` of several."""
-    return digest({"dataset": dataset, "latents": latents, "context": context})
+def hints_key(hints: Mapping[str, str]) -> str:
+    """Name the hints of one window by the key of each one, by name."""
+    return digest({"hints": dict(hints)})
+
+
+def sample_id(*, dataset: str, latents: str, context: str, hints: str | None = None) -> str:
+    """Name a training sample by what it is made of.
+
+    context: its context's key, or the `captions_key` of several. hints: the `hints_key`, where it has hints.
+    """
+    parts = {"dataset": dataset, "latents": latents, "context": context}
+    return digest(parts if hints is None else parts | {"hints": hints})
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from manifests.cache import Cache, is_first, without_keys
 from manifests.errors import UsageError
 from manifests.keys import KEY_DIGITS, digest, table_digest
-from manifests.schema import KINDS, OK, PLAN, Kind, plan_path
+from manifests.schema import KINDS, OK, PLAN, TASK_KINDS, Kind, plan_path
 from manifests.tables import read_table, table_bytes
 
 TAG_DIGITS = 12
@@ -52,8 +52,8 @@ class Plan:
         return pc.unique(rows["shard_id"]).to_pylist()
 
     def tasks(self, *, index: int = 0, total: int = 1) -> Iterator[ShardTask]:
-        """Yield the tasks of worker `index` of `total`, contexts first (they are few and quick)."""
-        for kind in reversed(KINDS):
+        """Yield the tasks of worker `index` of `total`, contexts first (they are few and quick), hints last."""
+        for kind in TASK_KINDS:
             rows = self.table.filter(pc.equal(self.table["kind"], kind)).combine_chunks()
             begins = np.flatnonzero(is_first(rows["shard_id"].combine_chunks()))
             for begin, end in itertools.pairwise([*begins, len(rows)]):
@@ -94,7 +94,7 @@ def make_plan(plan_id: str, missing: pa.Table, entries_per_shard: Mapping[str, i
     order = [(name, "ascending") for name in ("kind", "source_hash", "start", "key")]
     rows = missing.take(pc.sort_indices(missing.select([name for name, _ in order]), order))
     ids: list[str] = []
-    for kind in sorted(KINDS):
+    for kind in sorted(entries_per_shard):
         keys = rows["key"].slice(len(ids), pc.sum(pc.equal(rows["kind"], kind)).as_py() or 0).combine_chunks()
         size = entries_per_shard[kind]
         for begin in range(0, len(keys), size):

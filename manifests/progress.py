@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from manifests.cache import Cache
 from manifests.events import read_events
 from manifests.plan import read_plan
-from manifests.schema import KINDS, OK, QUARANTINED
+from manifests.schema import KINDS, OK, QUARANTINED, SAMPLE_KINDS
 
 _ENDED = ("finished", "preempted", "failed")
 _RATE_SECONDS = 600.0
@@ -45,6 +45,8 @@ def newest_job(cache: Cache) -> dict[str, Any] | None:
     left = 0
     for kind in KINDS:
         rows = table.filter(pc.equal(table["kind"], kind))
+        if kind not in SAMPLE_KINDS and not len(rows):
+            continue
         done = rows.filter(pc.is_in(rows["key"], value_set=cache.index(kind, ["key"])["key"]))
         result[kind] = f"{len(done)} of {len(rows)}"
         left += len(rows) - len(done) if kind == "latents" else 0
@@ -61,14 +63,14 @@ def newest_job(cache: Cache) -> dict[str, Any] | None:
 
 
 def throughput_of(cache: Cache, kind: str, like: Mapping[str, Any]) -> Throughput | None:
-    """Measure entries of a kind and, for latents, of the same frames, height and width; None if nothing is measured.
+    """Measure entries of a kind and, but for contexts, of the same frames, height and width; None if nothing is known.
 
     Where several devices made them, the one that made most counts.
     """
     columns = ["status", "num_frames", "height", "width", "shard_id"]
     rows = cache.rows(kind, columns)
     rows = rows.filter(pc.equal(rows["status"], OK))
-    if kind == "latents":
+    if kind != "context":
         for name in ("num_frames", "height", "width"):
             rows = rows.filter(pc.equal(rows[name], like[name]))
     shards: pa.Array = pc.unique(rows["shard_id"])

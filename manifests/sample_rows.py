@@ -16,11 +16,11 @@ _PIECE = 65_536
 def sample_ids(rows: pa.Table) -> pa.ChunkedArray:
     """The id of the sample each row belongs to."""
     contexts = pc.coalesce(rows["captions_key"], rows["context_key"])
-    columns = [pieces(column) for column in (rows["dataset"], rows["latents_key"], contexts)]
+    columns = [pieces(column) for column in (rows["dataset"], rows["latents_key"], contexts, rows["hints_key"])]
     ids = [
         [
-            sample_id(dataset=dataset, latents=a, context=b)
-            for dataset, a, b in zip(*(part.to_pylist() for part in piece), strict=True)
+            sample_id(dataset=dataset, latents=a, context=b, hints=c)
+            for dataset, a, b, c in zip(*(part.to_pylist() for part in piece), strict=True)
         ]
         for piece in zip(*columns, strict=True)
     ]
@@ -46,3 +46,13 @@ def pieces(column: pa.ChunkedArray) -> Iterator[pa.ChunkedArray]:
     """A column in parts that are small as Python objects."""
     for begin in range(0, len(column), _PIECE):
         yield column.slice(begin, _PIECE)
+
+
+def flat_hints(rows: pa.Table, column: str) -> pa.ChunkedArray:
+    """The items of a list column of all rows, one after the other."""
+    return pc.list_flatten(rows[column])
+
+
+def hint_rows(rows: pa.Table) -> pa.Table:
+    """The rows, each as often as it has hints."""
+    return rows.take(pc.list_parent_indices(rows["hint_keys"].combine_chunks()))

@@ -6,8 +6,13 @@ from typing import Literal
 
 import pyarrow as pa
 
-Kind = Literal["latents", "context"]
-KINDS: tuple[Kind, ...] = ("latents", "context")
+Kind = Literal["latents", "context", "hint"]
+KINDS: tuple[Kind, ...] = ("latents", "context", "hint")
+SAMPLE_KINDS: tuple[Kind, ...] = ("latents", "context")
+"""Kinds of which every sample has entries; hints are only there for models that take them."""
+
+TASK_KINDS: tuple[Kind, ...] = ("context", "latents", "hint")
+"""The order a worker does them in, so that it loads each model once."""
 
 OK = "ok"
 QUARANTINED = "quarantined"
@@ -27,6 +32,8 @@ _INPUT = [
     ("width", pa.int32()),
     ("caption", pa.string()),
     ("error", pa.string()),
+    ("hint", pa.string()),
+    ("parameters", pa.string()),
 ]
 
 WANTED = pa.schema(_INPUT)
@@ -62,10 +69,20 @@ SOURCES = pa.schema(
     ]
 )
 
+OPTIONAL = frozenset(
+    {
+        "hint", "parameters", "hints_key", "padding", "hint_names", "hint_keys", "hint_shards", "hint_offsets",
+        "hint_sizes", "hint_checksums",
+    }
+)  # fmt: skip
+"""Columns that a file leaves out where all their values are null: files of jobs without hints are as they ever were."""
+
 _LOCATION = [("shard", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("checksum", pa.string())]
 
 # `sample_id` to `context_key` are hashed into the snapshot's name, and weights where a row has one; where things lie is
-# not. A sample with several captions is a row each, with one `sample_id`; `captions_key` stands for all of them.
+# not. A sample with several captions is a row each, with one `sample_id`; `captions_key` stands for all of them, and
+# `hints_key` for all hints, which `sample_id` covers. The lists `hint_*` have an item a hint, named "<kind>/<variant>".
+# `padding`: pixels of the frames that are not the video's: [top, bottom, left, right].
 SNAPSHOT_IDENTITY = ["sample_id", "dataset", "latents_key", "context_key"]
 SNAPSHOT = pa.schema(
     [
@@ -85,6 +102,11 @@ SNAPSHOT = pa.schema(
         ("latents_shape", pa.list_(pa.int32())),
         *((f"latents_{name}", kind) for name, kind in _LOCATION),
         *((f"context_{name}", kind) for name, kind in _LOCATION),
+        ("hints_key", pa.string()),
+        ("padding", pa.list_(pa.int32())),
+        ("hint_names", pa.list_(pa.string())),
+        ("hint_keys", pa.list_(pa.string())),
+        *((f"hint_{name}s", pa.list_(kind)) for name, kind in _LOCATION),
     ]
 )
 

@@ -6,10 +6,11 @@ entries lie, so the same data encoded twice, anywhere, is the same snapshot and 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,19 +20,15 @@ import pyarrow.compute as pc
 
 from manifests.cache import Cache, is_first
 from manifests.errors import LatentlineError, UsageError
+from manifests.hints import kind_of
 from manifests.keys import FORMAT_VERSION, table_digest
+from manifests.places import HINT_PLACES, REPEATED, HintPlaces, Places, compact, plain
 from manifests.sample_rows import first_names, is_new, pieces, sample_ids
-from manifests.schema import KINDS, OK, SNAPSHOT, SNAPSHOT_IDENTITY, snapshot_name_path, snapshot_path
+from manifests.schema import OK, SAMPLE_KINDS, SNAPSHOT, SNAPSHOT_IDENTITY, snapshot_name_path, snapshot_path
 from manifests.shards import Location
 from manifests.store import Store
 from manifests.tables import read_table, table_bytes
 
-_LOCATED = ("key", "status", "shard", "offset", "size", "checksum", "shape")
-_PLACES = {f"{kind}_{name}" for kind in KINDS for name in ("shard", "offset", "size", "checksum")} | {"latents_shape"}
-_REPEATED = (
-    "dataset", "context_key", "source", "source_hash", "caption", "caption_name", "captions_key", "latents_shard",
-    "context_shard", "context_checksum",
-)  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -40,7 +37,8 @@ class Sample:
     """What one training step consumes: latents, and one of the contexts.
 
     contexts, captions: of each caption, by name, in order of the names; a single one without a name is under "".
-    latents_shape: (C, T, H, W) in latent frames and latent pixels.
+    latents_shape: (C, T, H, W) in latent frames and latent pixels. hints: by name, `<kind>/<variant>`.
+    padding: pixels of the frames that are not the video's (top, bottom, left, right); None where there are none.
     """
 
     sample_id: str
@@ -50,6 +48,8 @@ class Sample:
     dataset: str
     source: str
     captions: dict[str, str]
+    hints: dict[str, Location] = field(default_factory=dict)
+    padding: tuple[int, int, int, int] | None = None
 
 
 class Snapshot:
@@ -70,7 +70,7 @@ class Snapshot:
             prompt: Location(**location) for prompt, location in footer["negative_contexts"].items()
         }
 
-        self.first_rows = np.flatnonzero(is_first(_plain(table["sample_id"])))
+        self.first_rows = np.flatnonzero(is_first(plain(table["sample_id"])))
 
     @property
     def num_samples(self) -> int:
@@ -114,7 +114,18 @@ class Snapshot:
             dataset=first["dataset"],
             source=first["source"],
             captions={row["caption_name"] or "": row["caption"] for row in rows},
+            hints=_hint_locations(first),
+            padding=tuple(first["padding"]) if first["padding"] else None,
         )
+
+    @property
+    def hint_kinds(self) -> dict[str, int]:
+        """Samples that have hints of each kind."""
+        kinds: dict[str, int] = {}
+        for names in self.column("hint_names").to_pylist():
+            for kind in {kind_of(name) for name in names or ()}:
+                kinds[kind] = kinds.get(kind, 0) + 1
+        return kinds
 
 
 @dataclass(frozen=True)
@@ -137,13 +148,18 @@ def build_snapshot(
 ) -> tuple[Snapshot, SnapshotCounts]:
     """Freeze samples whose entries are committed, and point `name` at the result.
 
-    samples: one row a window and caption, with the columns of `SNAPSHOT` up to `weight` except `sample_id`.
+    samples: one row a window and caption, with the columns of `SNAPSHOT` up to `weight` except `sample_id`, and
+    `hints_key`, `padding`, `hint_names` and `hint_keys` where there are hints.
     Raises `LatentlineError` if an entry is neither committed nor quarantined, or if no sample is left.
     """
     check_name(name)
-    places = {kind: _Places(cache, kind, samples[f"{kind}_key"]) for kind in KINDS}
-    statuses = [places[kind].column("status") for kind in KINDS]
-    unknown = pc.or_(pc.is_null(statuses[0]), pc.is_null(statuses[1]))
+    for column in ("hints_key", "padding", "hint_names", "hint_keys"):
+        if column not in samples.column_names:
+            samples = samples.append_column(SNAPSHOT.field(column), pa.nulls(len(samples), SNAPSHOT.field(column).type))
+    places = {kind: Places(cache, kind, samples[f"{kind}_key"]) for kind in SAMPLE_KINDS}
+    hints = HintPlaces(cache, samples)
+    statuses = [places[kind].column("status") for kind in SAMPLE_KINDS] + [hints.status]
+    unknown = functools.reduce(pc.or_, map(pc.is_null, statuses))
     missing = pc.sum(unknown).as_py() or 0
     if missing:
         source = samples["source"][pc.index(unknown, True).as_py()].as_py()
@@ -152,7 +168,7 @@ def build_snapshot(
             "run `latentline encode` again"
         )
     ids = sample_ids(samples)
-    bad = ids.filter(pc.invert(pc.and_(pc.equal(statuses[0], OK), pc.equal(statuses[1], OK))))
+    bad = ids.filter(pc.invert(functools.reduce(pc.and_, (pc.equal(status, OK) for status in statuses))))
     good = pc.invert(pc.is_in(ids, value_set=bad))  # a sample with a caption in quarantine is left out whole
     windows = pc.equal(samples["caption_name"].fill_null(""), first_names(samples))
     num_windows, num_good = pc.sum(windows).as_py(), pc.sum(pc.and_(windows, good)).as_py() or 0
@@ -173,10 +189,11 @@ def build_snapshot(
     order = order.filter(is_new(ids.take(order), samples["caption_name"].take(order)))
     columns = {"sample_id": ids.take(order)}
     columns |= {
-        name: _compact(samples[name], name).take(order) for name in SNAPSHOT.names if name in samples.column_names
+        name: compact(samples[name], name).take(order) for name in SNAPSHOT.names if name in samples.column_names
     }
-    for kind in KINDS:
+    for kind in SAMPLE_KINDS:
         columns |= places.pop(kind).columns(order)
+    columns |= {name: column.take(order) for name, column in hints.columns.items()}
     table = pa.table([columns[name] for name in SNAPSHOT.names], SNAPSHOT.names).combine_chunks()
     snapshot_hash = write_snapshot(cache.store, table, footer, name)
     snapshot = Snapshot(snapshot_hash, table, footer)
@@ -184,31 +201,9 @@ def build_snapshot(
     return snapshot, counts
 
 
-def _plain(column: pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-class _Places:
-    """Where the entries of some keys lie: the cache's index of a kind, and each key's row in it, null if unknown."""
-
-    def __init__(self, cache: Cache, kind: str, keys: pa.ChunkedArray) -> None:
-        self._kind = kind
-        self.index = cache.index(kind, _LOCATED, dictionary=["shard"])
-        self._rows = pc.index_in(keys, value_set=self.index["key"]).combine_chunks()
-
-    def column(self, name: str, order: pa.Array | None = None) -> pa.ChunkedArray:
-        column = self.index[name] if order is None else _compact(self.index[name], f"{self._kind}_{name}")
-        return column.take(self._rows if order is None else self._rows.take(order))
-
-    def columns(self, order: pa.Array) -> dict[str, pa.ChunkedArray]:
-        """The columns of `SNAPSHOT` that say where the entries are, for keys taken in an order."""
-        names = [name for name in _LOCATED if f"{self._kind}_{name}" in _PLACES]
-        return {f"{self._kind}_{name}": self.column(name, order) for name in names}
-
-
-def _compact(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    """A column with each value held once, if it is one that repeats its values."""
-    return pa.chunked_array([column.combine_chunks().dictionary_encode()]) if name in _REPEATED else column
+def _hint_locations(row: Mapping[str, Any]) -> dict[str, Location]:
+    columns = (row[name] or () for name in ("hint_names", *HINT_PLACES.values()))
+    return {name: Location(*place) for name, *place in zip(*columns, strict=True)}
 
 
 def write_snapshot(store: Store, table: pa.Table, footer: Mapping[str, Any], name: str) -> str:
@@ -243,12 +238,17 @@ def relocate(cache: Cache, snapshot_hash: str) -> bool:
     table, footer = read_table(cache.store.read(path), SNAPSHOT, f"{cache.url}/{path}")
     if hash_rows(table) != snapshot_hash:
         return False
-    places = {kind: _Places(cache, kind, table[f"{kind}_key"]) for kind in KINDS}
+    places = {kind: Places(cache, kind, table[f"{kind}_key"]) for kind in SAMPLE_KINDS}
+    hints = HintPlaces(cache, table)
     everything = pa.array(np.arange(len(table)))
     columns = {name: table[name] for name in SNAPSHOT.names}
-    columns |= places["latents"].columns(everything) | places["context"].columns(everything)
+    columns |= places["latents"].columns(everything) | places["context"].columns(everything) | hints.columns
     moved = pa.table([columns[name] for name in SNAPSHOT.names], SNAPSHOT.names).cast(SNAPSHOT)
-    if moved["latents_shard"].null_count or moved["context_shard"].null_count:
+    if (
+        moved["latents_shard"].null_count
+        or moved["context_shard"].null_count
+        or pc.any(pc.is_null(hints.status)).as_py()
+    ):
         return False
     try:
         fixed = _fixed_contexts(cache, places["context"].index, footer["null_key"], footer["negative_keys"])
@@ -272,7 +272,7 @@ def load_snapshot(store: Store, name: str) -> Snapshot:
         names = [item.path.split("/")[-1][:-5] for item in store.list("snapshots") if item.path.endswith(".json")]
         known = f"it has {', '.join(names)}" if names else "it has none; run `latentline encode`"
         raise UsageError(f"cache {store.url!r} has no snapshot {name!r}; {known}") from None
-    table, footer = read_table(data, SNAPSHOT, f"{store.url}/{path}", dictionary=_REPEATED)
+    table, footer = read_table(data, SNAPSHOT, f"{store.url}/{path}", dictionary=REPEATED)
     return Snapshot(snapshot_hash, table.unify_dictionaries().combine_chunks(), footer)
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from manifests.errors import CorruptError
+from manifests.schema import OPTIONAL
 
 TEXT = pa.dictionary(pa.int32(), pa.string())
 """Type of a column of text that holds each of its values once."""
@@ -22,8 +23,13 @@ _ROW_GROUP = 131_072
 def table_bytes(table: pa.Table, footer: Mapping[str, Any], schema: pa.Schema | None = None) -> bytes:
     """Write a table as Parquet (zstd) with `footer` as JSON in the file's key-value metadata.
 
-    schema: what the columns are cast to, a piece at a time; default: what they are.
+    schema: what the columns are cast to, a piece at a time; default: what they are. Columns of `OPTIONAL` without a
+    value are left out.
     """
+    names = [name for name in table.column_names if name not in OPTIONAL or table[name].null_count < len(table)]
+    if len(names) < len(table.column_names):
+        schema = schema and pa.schema([schema.field(name) for name in names])
+        table = table.select(names)
     text = json.dumps(footer, sort_keys=True)
     schema = (schema or table.schema).with_metadata({_FOOTER: text.encode()})
     buffer = io.BytesIO()
@@ -55,7 +61,11 @@ def read_table(
         schema = pa.schema([field.with_type(TEXT) if field.name in dictionary else field for field in schema])
         wrong = [] if found.remove_metadata().equals(schema) else _wrong(found, schema)
         if not wrong and footer is not None:
-            table = file.read(columns=columns, use_threads=False).select(columns).replace_schema_metadata(None)
+            there = [name for name in columns if name in found.names]
+            table = file.read(columns=there, use_threads=False).select(there).replace_schema_metadata(None)
+            for place, name in enumerate(columns):
+                if name not in there:
+                    table = table.add_column(place, schema.field(name), pa.nulls(len(table), schema.field(name).type))
             return table, json.loads(footer)
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -66,4 +76,8 @@ def read_table(
 
 def _wrong(found: pa.Schema, schema: pa.Schema) -> list[str]:
     """Names of the columns that are missing or of another type; others may be there too."""
-    return [field.name for field in schema if field.name not in found.names or found.field(field.name) != field]
+    return [
+        field.name
+        for field in schema
+        if (found.field(field.name) != field if field.name in found.names else field.name not in OPTIONAL)
+    ]

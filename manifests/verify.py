@@ -18,9 +18,20 @@ import pyarrow as pa
 
 from manifests.cache import Cache
 from manifests.errors import CorruptError, LatentlineError
-from manifests.keys import context_key, fingerprint, latents_key
+from manifests.keys import context_key, fingerprint, hint_key, latents_key
 from manifests.payloads import payload_faults, tar_faults
-from manifests.schema import COMPACTED, KINDS, OK, QUARANTINED, SNAPSHOT, Kind, manifest_path, snapshot_path
+from manifests.sample_rows import flat_hints
+from manifests.schema import (
+    COMPACTED,
+    KINDS,
+    OK,
+    QUARANTINED,
+    SAMPLE_KINDS,
+    SNAPSHOT,
+    Kind,
+    manifest_path,
+    snapshot_path,
+)
 from manifests.snapshot import hash_rows
 from manifests.tables import read_table
 
@@ -84,6 +95,8 @@ def verify(cache: Cache, *, track: Track = lambda items, total: items) -> Verifi
     shards, entries, size = 0, 0, 0
     for kind in KINDS:
         names = sorted(cache.store.names(f"entries/{kind}"))
+        if not names and kind not in SAMPLE_KINDS:
+            continue
         ids = [name.removesuffix(".parquet") for name in names if name.endswith(".parquet")]
         digests: dict[str, str] = {}
         owners: dict[str, str] = {}
@@ -175,6 +188,8 @@ def key_of(row: dict[str, Any], producer: str) -> str:
         return context_key(caption=row["caption"], fingerprint=producer)
     clip = None if row["clip_start"] is None else (row["clip_start"], row["clip_end"])
     window = {name: row[name] for name in ("source_hash", "start", "num_frames", "fps", "height", "width")}
+    if row["kind"] == "hint":
+        return hint_key(hint=row["hint"], parameters=row["parameters"], **window, clip=clip, fingerprint=producer)
     return latents_key(**window, clip=clip, fingerprint=producer)
 
 
@@ -230,7 +245,7 @@ def _check_snapshot(cache: Cache, snapshot_hash: str, good: set[tuple[str, int, 
         return [Finding(path, "its rows are not those it is named after", "run `latentline encode` again")]
     gone, first = 0, ""
     for kind in KINDS:
-        columns = [table[f"{kind}_{name}"].to_pylist() for name in ("shard", "offset", "checksum", "key")]
+        columns = [_places(table, kind, name).to_pylist() for name in ("shard", "offset", "checksum", "key")]
         for shard, offset, payload_checksum, key in zip(*columns, strict=True):
             if (shard, offset, payload_checksum) not in good:
                 gone, first = gone + 1, first or f"{kind} {key} in {shard}"
@@ -240,6 +255,10 @@ def _check_snapshot(cache: Cache, snapshot_hash: str, good: set[tuple[str, int, 
     if not gone:
         return []
     return [Finding(path, f"{gone} entries are gone, damaged or elsewhere (first: {first})", ENCODE)]
+
+
+def _places(table: pa.Table, kind: Kind, name: str) -> pa.ChunkedArray:
+    return flat_hints(table, f"hint_{name}s") if kind == "hint" else table[f"{kind}_{name}"]
 
 
 def _check_names(cache: Cache, hashes: set[str]) -> list[Finding]:

@@ -22,7 +22,8 @@ from manifests.explain import Change, explain
 from manifests.gc import find_garbage, remove
 from manifests.progress import newest_job, throughput_of
 from manifests.repair import repair
-from manifests.schema import KINDS, OK, QUARANTINED, SNAPSHOT
+from manifests.sample_rows import flat_hints
+from manifests.schema import KINDS, OK, QUARANTINED, SAMPLE_KINDS, SNAPSHOT, Kind
 from manifests.snapshot import load_snapshot
 from manifests.subset import make_subsets
 from manifests.tables import read_table
@@ -36,7 +37,7 @@ _SHOWN = 10
 def cache_status(url: str, *, shown: int | None = _SHOWN) -> dict[str, Any]:
     """Count what a cache holds, and say how far its newest job is. shown: quarantined entries listed; None is all."""
     cache = Cache(url)
-    kinds = {kind: asdict(cache.summary(kind)) for kind in KINDS}
+    kinds = {kind: asdict(cache.summary(kind)) for kind in kinds_in(cache)}
     for summary in kinds.values():
         del summary["kind"]
     names = snapshot_names(cache)
@@ -120,19 +121,19 @@ def cache_plan(recipe: Recipe, *, price: float | None) -> dict[str, Any]:
         "windows": planned.survey.num_windows,
         "left_out": planned.survey.left_out,
         "to_encode": planned.missing,
-        "to_encode_bytes": {kind: planned.missing[kind] * planned.entry_bytes[kind] for kind in KINDS},
+        "to_encode_bytes": {kind: planned.missing[kind] * planned.entry_bytes[kind] for kind in planned.kinds},
         "shards": planned.num_shards,
-        "reused": {kind: planned.wanted[kind] - planned.missing[kind] for kind in KINDS},
+        "reused": {kind: planned.wanted[kind] - planned.missing[kind] for kind in planned.kinds},
         "unusable_videos": len(planned.survey.failed),
         "orphaned": _orphaned(planned.cache, planned.survey.wanted["key"]) if planned.cache else {},
     }
     seconds = {}
-    for kind in KINDS if planned.cache else ():
+    for kind in planned.kinds if planned.cache else ():
         shape = planned.survey.wanted.filter(pc.equal(planned.survey.wanted["kind"], kind)).slice(0, 1).to_pylist()
         measured = throughput_of(planned.cache, kind, shape[0]) if planned.cache and shape else None
         if measured:
             seconds[kind] = (planned.missing[kind] * measured.seconds_per_entry, measured)
-    if any(planned.missing[kind] and kind not in seconds for kind in KINDS):
+    if any(planned.missing[kind] and kind not in seconds for kind in planned.kinds):
         result["gpu_hours"] = None
         result["measured"] = "no throughput yet for entries like these: encode a few shards, then ask again"
         return result
@@ -184,6 +185,11 @@ def cache_snapshot(
     return {"cache": url, "from": base, "snapshots": {made.name: _without_name(asdict(made)) for made in subsets}}
 
 
+def kinds_in(cache: Cache) -> list[Kind]:
+    """The kinds of entries a cache has; those every sample has, in any case."""
+    return [kind for kind in KINDS if kind in SAMPLE_KINDS or len(cache.shard_ids(kind))]
+
+
 def snapshot_names(cache: Cache) -> list[str]:
     """Names of a cache's snapshots, sorted."""
     return sorted(name.removesuffix(".json") for name in cache.store.names("snapshots") if name.endswith(".json"))
@@ -194,13 +200,14 @@ def _orphaned(cache: Cache, wanted: pa.ChunkedArray) -> dict[str, Any]:
     used: dict[str, list[pa.ChunkedArray]] = {kind: [wanted] for kind in KINDS}
     for info in cache.store.list("snapshots"):
         if info.path.endswith(".parquet"):
-            columns = [f"{kind}_key" for kind in KINDS]
+            columns = [*(f"{kind}_key" for kind in SAMPLE_KINDS), "hint_keys"]
             table, footer = read_table(cache.store.read(info.path), SNAPSHOT, f"{cache.url}/{info.path}", columns)
-            for kind in KINDS:
+            for kind in SAMPLE_KINDS:
                 used[kind].append(table[f"{kind}_key"])
+            used["hint"].append(flat_hints(table, "hint_keys"))
             used["context"].append(pa.chunked_array([[footer["null_key"], *footer["negative_keys"].values()]]))
     found: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind in kinds_in(cache):
         index = cache.index(kind, ["key", "status", "size"])
         keys = pa.chunked_array([chunk for column in used[kind] for chunk in column.chunks], pa.string())
         good = index.filter(pc.and_(pc.equal(index["status"], OK), pc.invert(pc.is_in(index["key"], value_set=keys))))

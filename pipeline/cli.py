@@ -51,10 +51,22 @@ def encode(
         typer.Option("--format", help="With --missing: print nothing but the expression for `sbatch --array`."),
     ] = None,
     retry_quarantined: Annotated[bool, typer.Option(help="Try quarantined windows again.")] = False,
+    make: Annotated[
+        Literal["depth", "seg"] | None,
+        typer.Option(help="Make the control videos that the dataset lacks, by the models of encode.extract; no more."),
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Encode what the cache lacks, and freeze a snapshot."""
+    if make is not None:
+        if task or plan or missing or dry_run:
+            raise UsageError("--make makes control videos and encodes nothing; give it alone")
+        from pipeline.make_hints import make_stage
+
+        result, code = make_stage(load_recipe(recipe, overrides or ()), make)
+        emit(result, as_json=as_json)
+        raise typer.Exit(code)
     _check_encode_options(task=task, plan=plan, tasks=tasks, missing=missing, form=form, dry_run=dry_run)
     if executor is not None:
         overrides = [*(overrides or ()), f'encode.executor="{executor}"']

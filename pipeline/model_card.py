@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from manifests.config import ModelConfig
 from manifests.errors import LatentlineError
 from pipeline.recipe import Recipe, resolved, write_resolved
 from pipeline.run_facts import read_dataset_facts, size_line
@@ -30,6 +31,7 @@ _METHOD_NAMES = {
     "dora": "a DoRA adapter",
     "adapters": "temporal adapters",
     "full": "fine-tuned weights",
+    "control": "a control branch",
 }
 _LICENSE = "NVIDIA Open Model License"
 _LICENSE_LINK = "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license"
@@ -120,7 +122,7 @@ def _card(
         f"# {title}",
         f"{what} for {base}{f' (revision `{model.revision}`)' if model.revision else ''}, trained with latentline.",
         "## Use",
-        *_usage(model.path, model.revision, used_as, weights),
+        *_usage(model, used_as, weights),
         *(["## Samples", *(f"![{Path(picture).stem}]({picture})" for picture in pictures)] if pictures else []),
         "## Data",
         _table(_data_rows(dataset)) if dataset else "The run's folder does not say what it was trained on.",
@@ -136,15 +138,16 @@ def _card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def _usage(base: str, revision: str | None, used_as: str, weights: list[str]) -> list[str]:
-    """How to load the folder. Only LoRA and DoRA files are what stock diffusers reads."""
+def _usage(model: ModelConfig, used_as: str, weights: list[str]) -> list[str]:
+    """How to load the folder. Stock diffusers reads files of LoRA and DoRA, and into its Transfer pipeline none."""
     parts = []
-    if WEIGHTS_NAME in weights:
-        parts.append("```python\n" + "\n".join(usage_lines(base, revision, used_as)) + "\n```")
+    stock = WEIGHTS_NAME in weights and "transfer" not in model.family
+    if stock:
+        parts.append("```python\n" + "\n".join(usage_lines(model.path, model.revision, used_as)) + "\n```")
         parts.append(
             "Alpha and rank are in the file. The pipeline's safety checker needs `pip install cosmos_guardrail`."
         )
-    if others := [name for name in weights if name != WEIGHTS_NAME]:
+    if others := [name for name in weights if name != WEIGHTS_NAME or not stock]:
         parts.append(
             f"{', '.join(f'`{name}`' for name in others)}: read by latentline, not by stock diffusers: "
             '`latentline infer recipe.toml "a prompt" --adapter FOLDER`.'

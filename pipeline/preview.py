@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from encode.decode import DecodeJob
 from encode.files import digest_of, file_of, name_of, parse_location
 from encode.pool import DecodePool
 from encode.probe import DecodeError
+from encode.window_jobs import decode_job
 from infer.video import contact_sheet, write_mp4
 from manifests.cache import Cache
 from manifests.errors import StaleCacheError
 from manifests.family import find_family
-from manifests.shards import read_tensors
+from manifests.hints import kind_of
+from manifests.shards import Location, read_tensors
 from manifests.snapshot import Snapshot, load_snapshot
 from pipeline.recipe import Recipe, validate
 from pipeline.report import quiet_libraries, track
@@ -27,6 +29,8 @@ _FALLBACK_FPS = 16.0
 
 def cache_preview(url: str, recipe: Recipe | None, *, snapshot: str, count: int, output: Path) -> dict[str, Any]:
     """Decode `count` samples, evenly spread over a snapshot, to `output`: an MP4 each and a contact sheet of all.
+
+    Of its hints a sample shows one a kind.
 
     recipe: whose model decodes; None takes the recipe the entries were made with. PSNR, in dB over the 8-bit RGB
     values of all frames, is against the window decoded from the source; None where that is gone or has changed.
@@ -59,6 +63,10 @@ def cache_preview(url: str, recipe: Recipe | None, *, snapshot: str, count: int,
             psnr = None if source is None else psnr_of(frames, source)
             label = f"{name}, {f'PSNR {psnr:.1f} dB' if psnr is not None else problem}"
             strips += [(f"latents: {label}", frames)] + ([(f"source: {name}", source)] if source is not None else [])
+            for hint, place in _one_a_kind(frozen.sample(index).hints).items():
+                shown = decoder.decode(read_tensors(cache.store, place)["hint"])
+                write_mp4(output / f"{name}.{kind_of(hint)}.mp4", shown, fps)
+                strips.append((f"hint {hint}: {name}", shown))
             facts = {"video": str(output / f"{name}.mp4"), "source": row["source"], "start": row["start"]}
             videos.append({**facts, "psnr": psnr, "problem": problem})
     contact_sheet(output / "contact-sheet.png", strips)
@@ -70,6 +78,14 @@ def cache_preview(url: str, recipe: Recipe | None, *, snapshot: str, count: int,
         "mean_psnr": sum(known) / len(known) if known else None,
         "videos": videos,
     }
+
+
+def _one_a_kind(hints: Mapping[str, Location]) -> dict[str, Location]:
+    """The first variant of each kind of hint."""
+    first: dict[str, str] = {}
+    for name in hints:
+        first.setdefault(kind_of(name), name)
+    return {name: hints[name] for name in first.values()}
 
 
 def psnr_of(frames: np.ndarray, other: np.ndarray) -> float:
@@ -99,8 +115,8 @@ def _source(row: dict[str, Any], decoders: DecodePool) -> tuple[np.ndarray | Non
         same = False
     if not same:
         return None, fps, "the source has changed"
-    size = {name: row[name] for name in ("num_frames", "fps", "height", "width")}
-    job = DecodeJob(path=video, first=row["start"], start=row["clip_start"], end=row["clip_end"], **size)
+    resize = row["footer"]["recipe"].get("encode", {}).get("resize", "stretch")
+    job = decode_job(row | {"source": str(video)}, resize)
     try:
         fps = row["fps"] or decoders.probe(video).result().fps
         return np.array(decoders.submit(job).result()), fps, None

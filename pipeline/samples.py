@@ -22,6 +22,7 @@ from manifests.shards import read_tensors
 from manifests.snapshot import Sample, Snapshot
 from manifests.store import Store
 from pipeline.recipe import Recipe
+from train.hints import HintReader
 from train.parallel import Ranks
 
 
@@ -38,6 +39,7 @@ class SampleVideos:
         self.store = store
         self._family = find_family("infer", recipe.model)
         self._trained_family = find_family("train", recipe.model)
+        self._hints = HintReader(snapshot, store, recipe.train, self._trained_family)
         self._pipe: Any = None
         if not self._trained_family.is_projected(snapshot):
             raise UsageError('train.samples.every: sample videos need projected contexts; encode.text is "raw"')
@@ -65,6 +67,7 @@ class SampleVideos:
                 guidance=self.config.guidance,
                 seed=self.config.seed,
                 conditioning_timestep=self.recipe.train.objective.conditioning_timestep,
+                **self._hints.of(sample, 0, self.config.seed),
             )
             if ranks.is_main:
                 folder.mkdir(parents=True, exist_ok=True)

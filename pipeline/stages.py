@@ -21,7 +21,7 @@ from manifests.errors import EXIT_DONE, EXIT_FAILURE, EXIT_QUARANTINED, UsageErr
 from manifests.family import find_family
 from manifests.local_cache import CachedStore
 from manifests.order import order_of
-from manifests.schema import KINDS
+from manifests.schema import TASK_KINDS
 from manifests.snapshot import Snapshot, load_snapshot
 from manifests.store import Store
 from pipeline.array import array_expression, array_tasks, missing_tasks, plan_array
@@ -76,7 +76,7 @@ def encode_stage(
         "name": recipe.encode.snapshot,
         "samples": result.counts.samples,
         "encoded": result.encoded,
-        "reused": {kind: planned.wanted[kind] - planned.missing[kind] for kind in KINDS},
+        "reused": {kind: planned.wanted[kind] - planned.missing[kind] for kind in planned.kinds},
         "left_out": planned.survey.left_out,
         "quarantined_videos": len(result.quarantined),
         "duplicate_samples": result.counts.duplicates,
@@ -129,6 +129,7 @@ def train_stage(
     """Train on the recipe's snapshot, or with `dry_run` describe what would be trained. Nothing is written before
     model and snapshot are known to fit. The adapter's folder becomes a whole Hugging Face model, uploaded if
     `push_to` names a repository."""
+    from pipeline.control import write_control
     from pipeline.model_card import write_model_folder
     from pipeline.push import check_push, push
     from pipeline.samples import SampleVideos
@@ -158,6 +159,7 @@ def train_stage(
     )
     told = {**asdict(result), "snapshot": snapshot.hash}
     if is_main:
+        told |= write_control(recipe, training)
         folder = write_model_folder(recipe, Path(recipe.train.output), repo_id=push_to)
         if push_to is not None:
             told["pushed"] = push(folder, push_to)
@@ -191,7 +193,7 @@ def infer_stage(
     would be after the checks that need no model. Nothing is written before all that can be checked is.
     """
     from infer.adapters import check_adapters
-    from infer.generate import check_requests, generate
+    from infer.generate import check_controls, check_requests, generate
     from infer.inputs import read_requests
 
     quiet_libraries()
@@ -202,8 +204,9 @@ def infer_stage(
         raise UsageError(
             "infer has no inputs: give a prompt, a folder, a .json, .jsonl or .yaml file, or set infer.inputs"
         )
-    requests = read_requests(config.inputs, config)
+    requests = read_requests(config.inputs, config, getattr(find_family("infer", recipe.model), "parse_entry", None))
     check_requests(recipe.model, requests)
+    check_controls(recipe.model, config, requests)
     check_adapters(config.adapters, fuse=config.fuse)
     if dry_run:
         paths = {name: adapter.path for name, adapter in config.adapters.items()}
@@ -241,16 +244,16 @@ def _run_with_progress(recipe: Recipe, planned: EncodePlan, index: int, total: i
     with progress_bar() as progress:
         bars: dict[str, TaskID] = {
             kind: progress.add_task(f"encoding {kind}", total=planned.missing[kind], note="")
-            for kind in reversed(KINDS)
-            if planned.missing[kind]
+            for kind in TASK_KINDS
+            if planned.missing.get(kind)
         }
-        waited: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in KINDS}
+        waited: dict[str, list[float]] = {kind: [0.0, 0.0] for kind in TASK_KINDS}
 
         def show(report: ShardReport) -> None:
             waited[report.kind][0] += report.wait_seconds
             waited[report.kind][1] += report.seconds
             share = waited[report.kind][0] / max(1e-9, waited[report.kind][1])
-            note = f"decode wait {share:.0%}" if report.kind == "latents" else ""
+            note = f"decode wait {share:.0%}" if report.kind != "context" else ""
             progress.update(bars[report.kind], advance=report.rows, note=note)
             if progress.disable:
                 log(
@@ -271,7 +274,7 @@ def _left_out_lines(planned: EncodePlan) -> list[str]:
 def _plan_line(planned: EncodePlan) -> str:
     if not planned.plan.num_entries:
         return "nothing to encode: every entry is in the cache"
-    counts = ", ".join(f"{planned.missing[kind]} of {planned.wanted[kind]} {kind}" for kind in KINDS)
+    counts = ", ".join(f"{planned.missing[kind]} of {planned.wanted[kind]} {kind}" for kind in planned.kinds)
     return f"to encode: {counts}; {human_bytes(planned.missing_bytes)} in {planned.num_shards} shards"
 
 
@@ -282,7 +285,7 @@ def _dry_run(planned: EncodePlan) -> dict[str, Any]:
         "windows": planned.survey.num_windows,
         "left_out": planned.survey.left_out,
         "entries_wanted": planned.wanted,
-        "entries_present": {kind: planned.wanted[kind] - planned.missing[kind] for kind in KINDS},
+        "entries_present": {kind: planned.wanted[kind] - planned.missing[kind] for kind in planned.kinds},
         "entries_missing": planned.missing,
         "entry_bytes": planned.entry_bytes,
         "missing_bytes": planned.missing_bytes,

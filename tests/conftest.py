@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from pipeline.demo.checkpoint import build_tiny_checkpoint
+from pipeline.demo.transfer_checkpoint import build_tiny_transfer_checkpoint
 from pipeline.demo.videos import make_videos
 
 # How long an example takes says how busy the machine is.
@@ -36,3 +37,9 @@ def demo_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     make_videos(folder, num_videos=4, height=64, width=96, num_frames=17, fps=16.0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_transfer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Cosmos-Transfer2.5 in diffusers format, its controlnet included. Read-only."""
+    return build_tiny_transfer_checkpoint(tmp_path_factory.mktemp("transfer") / "tiny")

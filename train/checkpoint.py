@@ -97,6 +97,10 @@ def fixed_settings(
             fixed |= {f"train.{name}.{key}": part for key, part in dataclasses.asdict(value).items()}
         else:
             fixed[f"train.{name}"] = value
+    if config.lora.branch == "both":
+        del fixed["train.lora.branch"]  # what earlier checkpoints do not say
+    if config.hints is not None:
+        fixed["train.hints"] = dict(config.hints)
     if config.schedule.kind == "cosine":
         fixed["train.steps"] = config.steps
     return json.loads(json.dumps(fixed))

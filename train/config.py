@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
 from manifests.config import STRICT, Dtype
+from manifests.hints import HintKind
 
-Method = Literal["lora", "dora", "adapters", "full"]
+Method = Literal["lora", "dora", "adapters", "full", "control"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -19,6 +20,7 @@ class LoraConfig:
     rank, alpha: as in LoRA (arXiv:2106.09685); the update is scaled by alpha / rank.
     targets: linear layers by the end of their name, in diffusers' naming (`to_q`, `attn2.to_q`) or NVIDIA's (`q_proj`,
     `cross_attn.q_proj`, `mlp.layer1`); empty means the family's default. Each must match something.
+    branch: of a model with a controlnet: adapt the `base`, the `control` branch, or both.
     """
 
     rank: int = Field(default=32, ge=1)
@@ -26,6 +28,7 @@ class LoraConfig:
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] = ()
     init: Literal["kaiming", "gaussian"] = "kaiming"
+    branch: Literal["both", "base", "control"] = "both"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -169,6 +172,9 @@ class TrainConfig:
     a forward pass on one rank; the rest is gradient accumulation.
     method: `lora` or `dora`, `adapters` (temporal adapters), a list of these, or `full` for all of the base. Full
     fine-tuning from projected contexts leaves the text projection as it is; `encode.text = "raw"` trains it too.
+    `control` trains the control blocks of a Transfer model, and what embeds its hints; with a list, LoRA besides.
+    hints: which kinds of hint a Transfer model sees, with how often each is drawn relative to the others; null takes
+    the one that the cache has.
     trainable, frozen: shell-style patterns of parameter names, in diffusers' naming or NVIDIA's, that train besides
     what the method trains, or do not after all; each must match something.
     dtype: of the frozen base and of all computing; what trains, and optimizer state, are float32 always.
@@ -199,6 +205,7 @@ class TrainConfig:
     dtype: Dtype = "bfloat16"
     base_linears: Literal["dtype", "fp8"] = "dtype"
     method: Method | tuple[Method, ...] = "lora"
+    hints: dict[HintKind, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(default=None, min_length=1)
     lora: LoraConfig = Field(default_factory=LoraConfig)
     adapters: AdaptersConfig = Field(default_factory=AdaptersConfig)
     trainable: tuple[str, ...] = ()

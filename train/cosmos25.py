@@ -72,24 +72,24 @@ def load_transformer(
     projected: contexts have passed the text projection already, so its 102.8M weights are dropped.
     Raises `UsageError` if the checkpoint's tensors are not exactly the model's.
     """
-    component_folder(model, "transformer")
-    transformer, info = CosmosTransformer3DModel.from_pretrained(
-        model.path,
-        revision=model.revision,
-        subfolder="transformer",
-        torch_dtype=dtype,
-        output_loading_info=True,
-    )
+    transformer = load_stock(CosmosTransformer3DModel, model, "transformer", dtype)
+    if projected:
+        _drop_projection(transformer)
+    return accelerate(transformer.requires_grad_(False).to(device))
+
+
+def load_stock(kind: type, model: ModelConfig, component: str, dtype: torch.dtype) -> Any:
+    """Load a component as diffusers' class, with every weight accounted for; `UsageError` if one is not."""
+    folder = component_folder(model, component)
+    loaded, info = kind.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
             first = next(iter(info[problem]))
             raise UsageError(
-                f"model.path {model.path!r}: transformer has {len(info[problem])} {problem.replace('_', ' ')} "
+                f"model.path {model.path!r}: {component} has {len(info[problem])} {problem.replace('_', ' ')} "
                 f"(first: {first}); its config.json and weights do not belong together"
             )
-    if projected:
-        _drop_projection(transformer)
-    return accelerate(transformer.requires_grad_(False).to(device))
+    return loaded
 
 
 def empty_transformer(model: ModelConfig, *, projected: bool = True) -> CosmosTransformer3DModel:
@@ -268,7 +268,8 @@ def loss(transformer: torch.nn.Module, batch: Mapping[str, torch.Tensor], object
     batch: `example`s stacked: latents and noise [B, C, T, H, W], context [B, L, D], sigma and
     num_conditioning [B]. With x_t = sigma eps + (1 - sigma) x_0 the target is eps - x_0. Conditioning frames
     enter clean, at the timestep `objective.conditioning_timestep` (sigma if that is negative); their error
-    is zero but they stay in the mean, which is over all of a sample's latents. Frames, masks and timesteps
+    is zero but they stay in the mean, which is over all of a sample's latents. `hint` and `padding_mask` [B, 1, H, W]
+    are handed on where a batch has them. Frames, masks and timesteps
     are passed as in diffusers' `Cosmos2_5_PredictBasePipeline.__call__`.
     """
     latents_BCTHW, noise_BCTHW = batch["latents"], batch["noise"]
@@ -287,8 +288,9 @@ def loss(transformer: torch.nn.Module, batch: Mapping[str, torch.Tensor], object
         timestep=timestep_B1T11,
         encoder_hidden_states=batch["context"],
         condition_mask=clean_B1T11.float().expand(num_samples, 1, latent_frames, height, width),
-        padding_mask=latents_BCTHW.new_zeros(1, 1, height, width),
+        padding_mask=batch.get("padding_mask", latents_BCTHW.new_zeros(1, 1, height, width)),
         return_dict=False,
+        **({"hint": batch["hint"]} if "hint" in batch else {}),
     )[0]
     error_BCTHW = torch.where(clean_B1T11, 0.0, prediction_BCTHW.float() - target_BCTHW)
     return error_BCTHW.square().flatten(1).mean(1)

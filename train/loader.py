@@ -24,6 +24,7 @@ from manifests.shards import Location, read_tensors
 from manifests.snapshot import Sample, Snapshot
 from manifests.store import Store
 from train.config import TrainConfig
+from train.hints import HintReader
 
 _MICRO_BATCHES_AHEAD = 2
 """Micro-batches kept ready a loader thread."""
@@ -112,6 +113,7 @@ class Loader:
         self.mixture = mixture
         self.order = order_of(snapshot, config.seed, mixture)
         self._pool = ThreadPoolExecutor(config.loader_threads, "loader", self._on_device)
+        self.hints = HintReader(snapshot, store, config, family)
         self._null_context = self._pool.submit(self._read, snapshot.null_context, "context")
 
     def __enter__(self) -> Loader:
@@ -172,7 +174,8 @@ class Loader:
             except LatentlineError as error:
                 raise LatentlineError(f"sample {sample.sample_id} ({sample.source}): {error}") from error
             context = self._null_context.result() if drawn.drop_text else self._context(sample, epoch)
-            examples.append(self.family.example(latents, context, drawn))
+            hints = self.hints.of(sample, epoch, self.config.seed)
+            examples.append(self.family.example(latents, context, drawn, **hints))
             sample_ids.append(sample.sample_id)
         inputs = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
         if self.device.type == "cuda":

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from types import ModuleType
 
 import torch
@@ -40,6 +41,7 @@ def apply_methods(transformer: nn.Module, config: TrainConfig, family: ModuleTyp
     for method in config.methods:
         if method in ("lora", "dora"):
             targets = resolve_targets(config.lora.targets, transformer, name_map)
+            targets = _in_branch(transformer, config.lora.branch, targets or family.DEFAULT_TARGETS, family)
             lora = replace(config.lora, targets=targets)
             add_adapter(transformer, method, lora, family.DEFAULT_TARGETS, seed=config.seed)
     if "adapters" in config.methods:
@@ -47,6 +49,9 @@ def apply_methods(transformer: nn.Module, config: TrainConfig, family: ModuleTyp
     if "full" in config.methods:
         transformer.requires_grad_(True)
     by_name = parameter_names(transformer)
+    if "control" in config.methods:
+        for parameter in _control_parameters(by_name, family):
+            parameter.requires_grad_(True)
     for parameter in _chosen("trainable", config.trainable, {n: p for n, p in by_name.items() if not p.requires_grad},
                              name_map, "is frozen"):  # fmt: skip
         parameter.requires_grad_(True)
@@ -59,9 +64,38 @@ def apply_methods(transformer: nn.Module, config: TrainConfig, family: ModuleTyp
         parameter.data = parameter.data.float()
 
 
+def _in_branch(transformer: nn.Module, branch: str, targets: tuple[str, ...], family: ModuleType) -> tuple[str, ...]:
+    """LoRA's targets in one branch of a model that has two; whole names then."""
+    control = getattr(family, "CONTROL", None)
+    if branch == "both":
+        return targets
+    if control is None:
+        raise UsageError(f"train.lora.branch: {branch!r}, but this model has no control branch; leave it out")
+    wanted = branch == "control"
+    return tuple(
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.startswith("controlnet.") == wanted
+        and any(f".{name}".endswith(f".{target}") for target in targets)
+    )
+
+
+def _control_parameters(by_name: dict[str, nn.Parameter], family: ModuleType) -> Iterator[nn.Parameter]:
+    patterns = getattr(family, "CONTROL", ())
+    found = [
+        parameter
+        for name, parameter in by_name.items()
+        if not is_added(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    if not found:
+        raise UsageError("train.method: control trains a controlnet, and this model has none; use lora, or another")
+    yield from found
+
+
 def trains_base(config: TrainConfig) -> bool:
     """Say whether weights of the base train, so that it is loaded in float32."""
-    return "full" in config.methods or bool(config.trainable)
+    return "full" in config.methods or "control" in config.methods or bool(config.trainable)
 
 
 def computing(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> AbstractContextManager:

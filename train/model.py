@@ -30,6 +30,7 @@ from train.attention import Kernel, choose_kernel, use_kernel
 from train.config import TrainConfig
 from train.context_parallel import MOST_RANKS, sharing
 from train.fp8 import check_device, quantise_base
+from train.hints import check_hints
 from train.methods import (
     apply_methods,
     bytes_per_trained,
@@ -266,3 +267,4 @@ def check(model: ModelConfig, config: TrainConfig, snapshot: Snapshot) -> None:
     family.check_snapshot(snapshot, model)
     family.check_objective(config.objective, snapshot.shapes)
     family.check_context_parallel(config.context_parallel, model, snapshot.shapes)
+    check_hints(config, snapshot, family)

@@ -19,6 +19,7 @@ from manifests.store import Store
 from manifests.subset import hold_out
 from train.config import TrainConfig, ValidationConfig
 from train.context_parallel import sharing
+from train.hints import HintReader
 from train.methods import computing
 from train.parallel import Ranks, sum_over_ranks
 
@@ -70,6 +71,7 @@ class Validation:
         self.config = config
         self.family = family
         self.ranks = ranks
+        self.hints = HintReader(held_out, store, config, family)
         self.num_samples = min(config.validation.samples, held_out.num_samples)
 
     @torch.no_grad()
@@ -109,5 +111,6 @@ class Validation:
         names = sorted(sample.contexts)
         name = names[Mixture().caption(_SEED, 0, sample.sample_id, sample.dataset, names)]
         context = read_tensors(self.store, sample.contexts[name])["context"]
-        example = self.family.example(latents, context, replace(drawn, drop_text=False))
+        hints = self.hints.of(sample, 0, _SEED)
+        example = self.family.example(latents, context, replace(drawn, drop_text=False), **hints)
         return {name: tensor.unsqueeze(0).to(self.ranks.device) for name, tensor in example.items()}

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from encode.config import DataConfig, DatasetConfig
@@ -38,6 +39,7 @@ class SourceItem:
         from the beginning, to the end.
     weight: how often it is drawn relative to the others of the dataset; None is 1.
     facts: further values the dataset has of it, for `filters.where`.
+    hints: its control videos that are given, by kind.
     """
 
     dataset: str
@@ -48,6 +50,7 @@ class SourceItem:
     end: float | None = None
     weight: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    hints: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,45 @@ class Problems:
             more = len(examples) - _EXAMPLES
             parts.append(f"{len(examples)} {kind}: {shown}" + (f" and {more} more" if more > 0 else ""))
         raise UsageError(f"{self._where}: " + "; ".join(parts))
+
+
+def with_hint_videos(data: DataConfig, items: Sequence[SourceItem], kinds: Sequence[str]) -> list[SourceItem]:
+    """The items with the control videos of these kinds: `<kind>/<name>` of the same name as the video, MP4 or alike.
+
+    Raises UsageError, one line a dataset, that names the videos which lack one.
+    """
+    found = []
+    problems = {name: Problems(f"data.datasets.{name}") for name in data.datasets}
+    owners: dict[Path, VideoFile] = {}
+    for item in items:
+        problem = problems[item.dataset]
+        hints: dict[str, Path] = {}
+        for kind in kinds:
+            base = hints_folder(data.datasets[item.dataset]) / kind / PurePosixPath(item.name).name
+            beside = [base.with_name(base.name + suffix) for suffix in sorted(_SUFFIXES["videos"])]
+            expected = [item.hints[kind]] if kind in item.hints else beside
+            there = [path for path in expected if path.is_file()]
+            if not there:
+                name = expected[0] if kind in item.hints else f"{base}.mp4"
+                problem.add(f"videos without a {kind} video", f"{item.name} (expected {name})")
+            elif len(there) > 1:
+                problem.add(f"videos with two {kind} videos", f"{there[0]} and {there[1].name}")
+            elif owners.setdefault(there[0], item.video) != item.video:
+                problem.add(f"{kind} videos of two different videos", f"{there[0]}")
+            else:
+                hints[kind] = there[0]
+        found.append(replace(item, hints=hints))
+    for problem in problems.values():
+        problem.raise_any()
+    return found
+
+
+def hints_folder(dataset: DatasetConfig) -> Path:
+    """The folder with a folder of control videos for each kind."""
+    if dataset.hints_path is not None:
+        return Path(dataset.hints_path)
+    path = Path(dataset.path)
+    return path.parent if path.is_file() else path
 
 
 def media_suffixes(dataset: DatasetConfig) -> frozenset[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from encode.config import DataConfig, DatasetConfig, EncodeConfig, WindowsConfig
+from encode.config import DataConfig, DatasetConfig, EncodeConfig, FiltersConfig, WindowsConfig
 from encode.survey import Survey, check, survey
 from manifests.cache import Cache
 from manifests.config import ModelConfig
@@ -200,3 +200,12 @@ def test_bad_settings_are_refused_before_a_video_is_read(look: Look, folder: Pat
     shutil.rmtree(folder)
     with pytest.raises(UsageError, match=message):
         look(**changes)
+
+
+def test_the_first_videos_that_pass_the_other_filters_are_kept(look: Look, folder: Path) -> None:
+    """a has 20 frames, b 21 and c 22."""
+    filters = FiltersConfig(min_frames=21, first=1)
+    found = look(datasets={"d": DatasetConfig(layout="folder", path=str(folder), filters=filters)})
+    assert [Path(source).stem for source in found.samples["source"].to_pylist()] == ["b"]
+    assert found.left_out == {"d": {"min_frames": 1, "first": 1}}
+    assert found.num_items == 1

@@ -73,6 +73,14 @@ def _videoufo(folder: Path, dataset: Path) -> dict[str, Path]:
     return {"videoufo": folder}
 
 
+def _videoufo_with_hints(folder: Path, dataset: Path) -> dict[str, Path]:
+    for kind in ("depth", "seg"):
+        (folder / kind).mkdir(parents=True)
+        for path, _ in _videos(dataset):
+            shutil.copy(path, folder / kind / path.name)
+    return _videoufo(folder, dataset)
+
+
 LAYOUTS: dict[str, Callable[[Path, Path], dict[str, Path]]] = {
     "egocentric-adapters": _tars_and_folder,
     "gr1-dora": _gr1,
@@ -82,7 +90,11 @@ LAYOUTS: dict[str, Callable[[Path, Path], dict[str, Path]]] = {
     "its-lora-aggressive": _two_folders,
     "its-lora-conservative": _two_folders,
     "nemo-assets-lora": _one_prompt,
+    "videoufo-depth": _videoufo_with_hints,
+    "videoufo-edge": _videoufo,
     "videoufo-lora": _videoufo,
+    "videoufo-seg": _videoufo_with_hints,
+    "videoufo-vis": _videoufo,
 }
 SIZE = {"height": 32, "width": 48, "num_frames": 9}
 
@@ -97,7 +109,7 @@ def _smaller(name: str, folder: Path, checkpoint: Path, dataset: Path) -> dict[s
         values["data"]["datasets"][key]["path"] = str(path)
     for part in values["data"]["datasets"].values():
         part["filters"]["min_frames"] = part["filters"]["min_frames"] and 17
-    values["model"] = {"path": str(checkpoint)}
+    values["model"] = {"path": str(checkpoint), "family": values["model"]["family"]}
     values["encode"] |= SIZE | {"cache": str(folder / "cache"), "dtype": "float32", "executor": "local"}
     values["train"] |= {
         "output": str(folder / "run"), "steps": 2, "batch_size": 3, "dtype": "float32", "activation": "none",
@@ -112,12 +124,23 @@ def _smaller(name: str, folder: Path, checkpoint: Path, dataset: Path) -> dict[s
 
 
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - {"its-lora-aggressive", "its-lora-conservative"}))
-def test_from_its_own_layout_to_a_video(name: str, tmp_path: Path, tiny_checkpoint: Path, demo_dataset: Path) -> None:
-    recipe = validate(_smaller(name, tmp_path, tiny_checkpoint, demo_dataset), name)
+def test_from_its_own_layout_to_a_video(
+    name: str, tmp_path: Path, tiny_checkpoint: Path, tiny_transfer: Path, demo_dataset: Path
+) -> None:
+    hint = {"edge", "vis", "depth", "seg"} & {name.removeprefix("videoufo-")}
+    recipe = validate(_smaller(name, tmp_path, tiny_transfer if hint else tiny_checkpoint, demo_dataset), name)
     encoded, code = encode_stage(recipe)
     assert code == 0
     assert encoded["samples"] >= 4
     train_stage(recipe)
-    made, code = infer_stage(recipe, PROMPT, guardrail=False)
+    inputs = PROMPT
+    if hint:
+        video = str(_videos(demo_dataset)[0][0])
+        control = {kind: {"control_path": video} if kind in ("depth", "seg") else {} for kind in hint}
+        inputs = str(tmp_path / "inputs.json")
+        Path(inputs).write_text(
+            json.dumps({"name": "a", "prompt": PROMPT, "video_path": video, "max_frames": 9} | control)
+        )
+    made, code = infer_stage(recipe, inputs, guardrail=False)
     assert code == 0
     assert read_frames(made["videos"][0]).shape == (9, 32, 48, 3)

@@ -1,0 +1,134 @@
+"""NVIDIA's inference entries of Transfer: one object of a JSON, JSONL or YAML file a video, its hints named in it.
+
+    {"name": "arm", "prompt": "...", "video_path": "arm.mp4", "edge": {"control_weight": 0.7, "preset_edge_threshold":
+     "low"}, "depth": {"control_path": "depth/arm.mp4", "control_weight": 0.3, "mask_path": "mask.mp4"}}
+
+Unknown keys are errors. Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from infer.controls import num_frames_of
+from infer.entries import VIDEO_SUFFIXES, check_name, existing, prompt_of, validate
+from infer.request import Control, Request
+from manifests.errors import UsageError
+from manifests.hints import COMPUTED, GIVEN, HintKind, Preset
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+class Hint(BaseModel):
+    """A hint. control_path: its video; `edge` and `vis` may do without, and are computed from `video_path`."""
+
+    model_config = _STRICT
+
+    control_path: str | None = None
+    control_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    mask_path: str | None = None
+
+
+class Edge(Hint):
+    """preset_edge_threshold: how many edges: `very_low` thresholds keep most."""
+
+    preset_edge_threshold: Preset = "medium"
+
+
+class Vis(Hint):
+    """preset_blur_strength: how strongly the video is blurred."""
+
+    preset_blur_strength: Preset = "medium"
+
+
+class TransferEntry(BaseModel):
+    """One object of NVIDIA's inference JSON for Transfer.
+
+    num_conditional_frames: of the frames so far, that each further chunk begins with. max_frames: the most to make.
+    """
+
+    model_config = _STRICT
+
+    name: str = Field(min_length=1)
+    prompt: str | None = None
+    prompt_path: str | None = None
+    negative_prompt: str | None = None
+    video_path: str | None = None
+    edge: Edge | None = None
+    vis: Vis | None = None
+    depth: Hint | None = None
+    seg: Hint | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    num_steps: int | None = Field(default=None, ge=1)
+    resolution: str | None = Field(default=None, pattern=r"^\d+,\s*\d+$")
+    max_frames: int | None = Field(default=None, ge=1)
+    num_conditional_frames: int | None = Field(default=None, ge=1)
+    num_video_frames_per_chunk: int | None = Field(default=None, ge=1)
+    ground_truth: str | None = None
+
+
+def parse_entry(where: str, folder: Path, raw: dict[str, Any], default: Request) -> Request:
+    """The request of one object. It has as many frames as its video, or else as its first control, unless cut."""
+    entry = validate(where, raw, TransferEntry)
+    check_name(where, entry.name)
+    prompt = prompt_of(where, folder, entry.prompt, entry.prompt_path)
+    source = _video(where, "video_path", folder, entry.video_path)
+    controls = [
+        _control(where, folder, kind, hint, source)
+        for kind in (*COMPUTED, *GIVEN)
+        if (hint := getattr(entry, kind)) is not None
+    ]
+    if not controls:
+        raise UsageError(f"{where}: no hint; give one of edge, vis, depth and seg, such as 'edge': {{}}")
+    given: dict[str, Any] = {
+        "negative_prompt": entry.negative_prompt,
+        "seed": entry.seed,
+        "guidance": entry.guidance,
+        "num_steps": entry.num_steps,
+        "chunk_frames": entry.num_video_frames_per_chunk,
+        "chunk_overlap": entry.num_conditional_frames,
+    }
+    if entry.ground_truth is not None:
+        given["ground_truth"] = existing(where, "ground_truth", folder / entry.ground_truth)
+    if entry.resolution is not None:
+        given["height"], given["width"] = (int(side) for side in entry.resolution.split(","))
+    first = source or controls[0].path
+    assert first is not None
+    frames = num_frames_of(first)
+    return replace(
+        default,
+        name=entry.name,
+        prompt=prompt,
+        controls=tuple(controls),
+        source=source,
+        num_frames=min(frames, entry.max_frames or frames),
+        **{field: value for field, value in given.items() if value is not None},
+    )
+
+
+def _control(where: str, folder: Path, kind: HintKind, hint: Hint, source: Path | None) -> Control:
+    path = _video(where, f"{kind}.control_path", folder, hint.control_path)
+    if path is None and kind in GIVEN:
+        raise UsageError(
+            f"{where}: {kind}: control_path is missing; `latentline encode --make {kind}` makes such videos"
+        )
+    if path is None and source is None:
+        raise UsageError(f"{where}: {kind}: give control_path, or video_path to compute it from")
+    presets = {"edge": "preset_edge_threshold", "vis": "preset_blur_strength"}
+    preset: Preset = getattr(hint, presets[kind]) if kind in presets else "medium"
+    mask = _video(where, f"{kind}.mask_path", folder, hint.mask_path)
+    return Control(kind=kind, path=path, weight=hint.control_weight, mask=mask, preset=preset)
+
+
+def _video(where: str, key: str, folder: Path, path: str | None) -> Path | None:
+    if path is None:
+        return None
+    found = existing(where, key, folder / path)
+    if found.suffix.lower() not in VIDEO_SUFFIXES:
+        raise UsageError(f"{where}: {key} {found} is no video; known suffixes: {' '.join(VIDEO_SUFFIXES)}")
+    return found

@@ -1,0 +1,265 @@
+"""Transfer at inference: what the Transfer pipeline of diffusers makes, and what it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, Cosmos2_5_TransferPipeline
+from PIL import Image
+
+from infer import cosmos_transfer25 as family
+from infer.chunks import split_request
+from infer.config import ControlnetConfig, InferConfig
+from infer.controls import hint_frames, patch_weights
+from infer.cosmos25 import NoGuardrail
+from infer.generate import check_controls, check_requests, generate
+from infer.inputs import read_requests
+from infer.request import Control as RequestedControl
+from infer.request import Request
+from infer.video import read_frames, write_mp4
+from manifests.config import ModelConfig
+from manifests.errors import UsageError
+from manifests.hints import make_hint, preset_parameters, write_kinds
+from train.transfer_dit import Control
+
+CPU = torch.device("cpu")
+
+
+class PassAll(NoGuardrail):
+    def check_video_safety(self, frames: np.ndarray) -> np.ndarray:
+        return frames
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory, tiny_transfer: Path) -> Path:
+    """The tiny checkpoint with a VAE of next to no variance: diffusers' pipeline samples hints, we take their mean."""
+    folder = tmp_path_factory.mktemp("exact") / "model"
+    shutil.copytree(tiny_transfer, folder)
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    with torch.no_grad():
+        vae.quant_conv.weight[16:] = 0
+        vae.quant_conv.bias[16:] = -60
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """17 frames of 64 x 96, 12 fps: a bright square that moves."""
+    frames = np.zeros((17, 64, 96, 3), np.uint8)
+    for index, frame in enumerate(frames):
+        frame[20:44, 10 + 3 * index : 34 + 3 * index] = (220, 90, 30)
+    path = tmp_path_factory.mktemp("video") / "in.mp4"
+    write_mp4(path, frames, 12.0)
+    return path
+
+
+def _model(path: Path) -> ModelConfig:
+    return ModelConfig(path=str(path), family="cosmos-transfer2.5")
+
+
+def _config(output: Path, **settings: Any) -> InferConfig:
+    size = {"height": 32, "width": 48, "num_steps": 2, "dtype": "float32", "guidance": 3.0, "chunk_frames": 9}
+    return InferConfig(output=str(output), **(size | settings))
+
+
+def _requests(tmp_path: Path, config: InferConfig, *entries: dict[str, Any]) -> list[Request]:
+    path = tmp_path / "inputs.json"
+    path.write_text(json.dumps([{"name": "a", "prompt": "a square"} | entry for entry in entries]))
+    return read_requests(str(path), config, family.parse_entry)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_video_is_what_diffusers_transfer_pipeline_makes(exact: Path, video: Path, guidance: float) -> None:
+    request = Request(
+        name="a", prompt="a square", seed=3, guidance=guidance, num_steps=3, num_frames=9, height=32, width=48,
+        controls=(RequestedControl(kind="edge"),), source=video,
+    )  # fmt: skip
+    pipe = family.load_pipeline(_model(exact), dtype=torch.float32, device=CPU, guardrail=False)
+    context, negative = (family.encode_prompt(pipe, text) for text in ("a square", "blurred"))
+    family.release_text(pipe)
+    made = family.generate_frames(
+        pipe, request, context, negative if guidance > 1 else None, conditioning_timestep=0.1, on_step=lambda: None
+    )
+    stock = Cosmos2_5_TransferPipeline.from_pretrained(str(exact), safety_checker=PassAll())
+    stock.set_progress_bar_config(disable=True)
+    hints = hint_frames(request, request.controls[0], 0, 9)
+    expected = stock(
+        controls=[Image.fromarray(frame) for frame in hints], prompt="a square", negative_prompt="blurred",
+        height=32, width=48, num_frames=9, num_frames_per_chunk=9, num_inference_steps=3, guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(3), output_type="np",
+    ).frames[0]  # fmt: skip
+    assert made is not None
+    assert made.shape == (9, 32, 48, 3)
+    # diffusers cuts to uint8 where we round.
+    difference = np.abs(made.astype(int) - np.rint(expected * 255).astype(int))
+    assert difference.max() <= 1
+    assert np.unique(made).size > 20
+
+
+def test_edges_are_those_of_the_preset_at_the_size_that_is_made(video: Path, tmp_path: Path) -> None:
+    config = _config(tmp_path, height=64, width=96)
+    [request] = _requests(
+        tmp_path, config, {"video_path": str(video), "edge": {"preset_edge_threshold": "low"}, "max_frames": 5}
+    )
+    assert request.num_frames == 5
+    frames = hint_frames(request, request.controls[0], 2, 4)
+    parameters = preset_parameters("edge", "low")
+    assert (frames == np.stack([make_hint("edge", parameters, frame) for frame in read_frames(video)[2:6]])).all()
+
+
+def test_weights_are_clamped_to_one_and_masks_place_them() -> None:
+    assert patch_weights([0.5], [None], (2, 2, 3), 4) == [0.5]
+    assert patch_weights([2.0, 2.0], [None, None], (2, 2, 3), 4) == [0.5, 0.5]
+    mask = np.zeros((5, 32, 48), np.float32)
+    mask[:, :16] = 1
+    mask[1:3, 16:, :16] = 1
+    first, second = patch_weights([1.0, 0.5], [mask, None], (2, 2, 3), 4)
+    assert isinstance(first, np.ndarray)
+    assert isinstance(second, np.ndarray)
+    np.testing.assert_allclose(first[0], [[2 / 3] * 3, [0, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(second[0], [[1 / 3] * 3, [0.5] * 3], atol=1e-6)
+    # Half of the second latent frame's four frames, in one patch: 0.5 and 0.5 sum to 1.
+    np.testing.assert_allclose([first[1, 1, 0], second[1, 1, 0]], [0.5, 0.5], atol=1e-6)
+
+
+def test_controls_add_up_by_weight_and_place(tiny_transfer: Path) -> None:
+    pipe = family.load_pipeline(_model(tiny_transfer), dtype=torch.float32, device=CPU, guardrail=False)
+    family.release_text(pipe)
+    generator = torch.Generator().manual_seed(0)
+    x, hint, other = (torch.randn(1, 16, 2, 4, 6, generator=generator) for _ in range(3))
+    context = torch.randn(1, 8, 64, generator=generator)
+
+    @torch.no_grad()
+    def predict(*steering: Control) -> torch.Tensor:
+        with pipe.transformer.controlled_by(steering):
+            return pipe.transformer(
+                x, torch.full((1, 1, 2, 1, 1), 0.5), context, torch.zeros(1, 1, 2, 4, 6), torch.zeros(1, 1, 4, 6),
+                return_dict=False,
+            )[0]  # fmt: skip
+
+    whole = predict(Control(hint))
+    torch.testing.assert_close(predict(Control(hint, weight=0.25), Control(hint, weight=0.75)), whole)
+    everywhere = torch.ones(1, 2, 2, 3)
+    torch.testing.assert_close(predict(Control(hint, weight=everywhere)), whole)
+    torch.testing.assert_close(predict(Control(hint), Control(other, weight=0 * everywhere)), whole)
+    assert (predict(Control(hint, weight=0.5)) - whole).abs().max() > 1e-3
+    assert (predict() - whole).abs().max() > 1e-3
+
+
+def test_a_long_video_is_made_in_chunks_with_its_hints_beside_it(
+    tiny_transfer: Path, video: Path, tmp_path: Path
+) -> None:
+    mask = tmp_path / "mask.mp4"
+    write_mp4(mask, np.full((17, 32, 32, 3), 255, np.uint8), 12.0)
+    config = _config(
+        tmp_path / "out", side_by_side=True,
+        controlnets={kind: ControlnetConfig(path=str(tiny_transfer / "controlnet")) for kind in ("edge", "vis")},
+    )  # fmt: skip
+    entry = {
+        "video_path": str(video), "edge": {"control_weight": 0.6, "mask_path": "mask.mp4"},
+        "vis": {"control_weight": 0.9, "preset_blur_strength": "very_high"},
+    }  # fmt: skip
+    requests = _requests(tmp_path, config, entry)
+    pieces = split_request(requests[0], family.latent_frames_of)
+    assert [(piece.first_frame, piece.num_frames) for piece in pieces] == [(0, 9), (8, 9)]
+    [result] = generate(_model(tiny_transfer), config, requests, guardrail=False)
+    assert result.error is None
+    made = read_frames(tmp_path / "out" / "a.mp4")
+    assert made.shape == (17, 32, 48, 3)
+    assert read_frames(tmp_path / "out" / "controls" / "a-edge.mp4").shape == (17, 32, 48, 3)
+    assert read_frames(tmp_path / "out" / "side_by_side" / "a.mp4").shape[0] == 17
+    [again] = generate(_model(tiny_transfer), config, requests, guardrail=False)
+    assert again.status == "kept"
+    other = replace(requests[0], controls=(replace(requests[0].controls[0], preset="low"), requests[0].controls[1]))
+    [changed] = generate(_model(tiny_transfer), config, [other], guardrail=False)
+    assert changed.status == "made"
+
+
+def test_a_length_that_is_not_4k1_is_made_longer_and_cut(tiny_transfer: Path, video: Path, tmp_path: Path) -> None:
+    config = _config(tmp_path / "out", guidance=1.0)
+    requests = _requests(tmp_path, config, {"video_path": str(video), "edge": {}, "max_frames": 6})
+    [result] = generate(_model(tiny_transfer), config, requests, guardrail=False)
+    assert result.error is None
+    assert len(read_frames(tmp_path / "out" / "a.mp4")) == 6
+
+
+VIDEO = {"video_path": "in.mp4"}
+REFUSED = [
+    ({}, "no hint; give one of edge, vis, depth and seg"),
+    ({**VIDEO, "edges": {}}, "unknown key 'edges'; did you mean edge?"),
+    ({**VIDEO, "edge": {"weight": 1}}, "unknown key 'edge.weight'"),
+    ({**VIDEO, "edge": {"preset_edge_threshold": "strong"}}, "edge.preset_edge_threshold = 'strong'"),
+    ({**VIDEO, "edge": {"control_weight": -1}}, "edge.control_weight = -1"),
+    ({**VIDEO, "depth": {}}, "depth: control_path is missing; `latentline encode --make depth`"),
+    ({"edge": {}}, "edge: give control_path, or video_path"),
+    ({**VIDEO, "seg": {"control_path": "none.mp4"}}, "none.mp4: no such file"),
+    ({**VIDEO, "seg": {"control_path": "in.txt"}}, "is no video"),
+    ({**VIDEO, "depth": {"control_path": "short.mp4"}}, "short.mp4 has 5 frames, 17 are to be made; see max_frames"),
+    ({**VIDEO, "edge": {"mask_path": "short.mp4"}}, "the edge mask "),
+    ({**VIDEO, "depth": {"control_path": "slow.mp4"}}, "has 6 fps, "),
+    ({**VIDEO, "edge": {}, "num_conditional_frames": 2}, "chunk_overlap = 2; it is 1 or 5"),
+    ({**VIDEO, "edge": {}, "resolution": "30,48"}, "height = 30 is not divisible by 16"),
+    ({**VIDEO, "edge": {}, "name": "a/b"}, "becomes a file name"),
+]
+
+
+@pytest.mark.parametrize(("entry", "message"), REFUSED, ids=[message[:24] for _, message in REFUSED])
+def test_a_wrong_entry_is_one_line_that_names_it(
+    tiny_transfer: Path, video: Path, tmp_path: Path, entry: dict[str, Any], message: str
+) -> None:
+    shutil.copy(video, tmp_path / "in.mp4")
+    (tmp_path / "in.txt").write_text("no video")
+    write_mp4(tmp_path / "short.mp4", np.zeros((5, 16, 16, 3), np.uint8), 12.0)
+    write_mp4(tmp_path / "slow.mp4", np.zeros((17, 16, 16, 3), np.uint8), 6.0)
+    config = _config(tmp_path / "out")
+    with pytest.raises(UsageError) as error:
+        check_requests(_model(tiny_transfer), _requests(tmp_path, config, entry))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_may_differ_and_weights_exceed_one(tiny_transfer: Path, video: Path, tmp_path: Path) -> None:
+    write_mp4(tmp_path / "small.mp4", np.zeros((17, 16, 32, 3), np.uint8), 12.0)
+    config = _config(tmp_path / "out")
+    hint = {"control_path": "small.mp4", "mask_path": "small.mp4", "control_weight": 3.0}
+    requests = _requests(tmp_path, config, {"video_path": str(video), "depth": hint})
+    check_requests(_model(tiny_transfer), requests)
+    assert hint_frames(requests[0], requests[0].controls[0], 0, 2).shape == (2, 32, 48, 3)
+
+
+def test_a_hint_nothing_was_trained_for_is_refused(tiny_transfer: Path, video: Path, tmp_path: Path) -> None:
+    config = _config(tmp_path / "out")
+    [edge] = _requests(tmp_path, config, {"video_path": str(video), "edge": {}})
+    [both] = _requests(tmp_path, config, {"video_path": str(video), "edge": {}, "vis": {}})
+    model = _model(tiny_transfer)
+    check_controls(model, config, [edge])
+    with pytest.raises(UsageError, match=r"2 hints \(edge, vis\) need a controlnet each"):
+        check_controls(model, config, [both])
+    shutil.copytree(tiny_transfer / "controlnet", tmp_path / "net")
+    write_kinds(tmp_path / "net", ["vis"])
+    trained = replace(model, controlnet=str(tmp_path / "net"))
+    with pytest.raises(UsageError, match=r"no controlnet was trained for edge, only for vis"):
+        check_controls(trained, config, [edge])
+    named = replace(config, controlnets={"edge": ControlnetConfig(path=str(tmp_path / "net"))})
+    check_controls(model, named, [edge])
+    with pytest.raises(UsageError, match="was trained for vis"):
+        generate(model, named, [edge], guardrail=False)
+
+
+def test_text_alone_is_refused_and_predict_takes_no_control(
+    tiny_transfer: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = _config(tmp_path / "out")
+    requests = read_requests("a red square", config, family.parse_entry)
+    with pytest.raises(UsageError, match=r"needs hints; give a \.json file"):
+        check_requests(_model(tiny_transfer), requests)
+    with pytest.raises(UsageError, match=r"infer\.side_by_side: this model takes no control"):
+        check_controls(ModelConfig(path=str(tiny_checkpoint)), replace(config, side_by_side=True), requests)
