@@ -1,4 +1,5 @@
 import contextlib
+import fcntl
 import os
 import pickle
 import subprocess
@@ -131,10 +132,14 @@ def test_many_processes_share_a_folder(remote, tmp_path):
 
 
 def _bytes_kept(tmp_path: Path) -> int:
+    """At one moment: nobody reserves or evicts while the count is locked."""
     total = 0
-    for file in files(tmp_path):
-        with contextlib.suppress(FileNotFoundError):
-            total += file.stat().st_size
+    (tmp_path / "local").mkdir(exist_ok=True)
+    with (tmp_path / "local" / ".bytes").open("a+b") as count:
+        fcntl.flock(count, fcntl.LOCK_EX)
+        for file in files(tmp_path):
+            with contextlib.suppress(FileNotFoundError):
+                total += file.stat().st_size
     return total
 
 
