@@ -27,7 +27,7 @@ from benchmarks.real_checkpoint import TRANSFORMER_2B, bfloat16_on
 from benchmarks.training_step import clear, peak_gib
 from encode.cosmos25 import accelerate_vae
 from infer import denoise as loop
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from pipeline.demo.checkpoint import build_scheduler
 from train.activation import set_levels
 from train.dit import accelerate

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKLWan, Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from pipeline.demo.checkpoint import build_scheduler, build_tokenizer
 
 TRANSFORMER_2B = {

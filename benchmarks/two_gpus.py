@@ -85,7 +85,7 @@ def training(folder: Path, tiny: bool) -> list[str]:
 def sampling_rank(steps: int, tiny: bool, folder: Path) -> None:
     """One rank's part, under torchrun: every layout checked against this rank alone, then timed."""
     from benchmarks.inference import GUIDANCE, build
-    from infer.cosmos25 import NoGuardrail
+    from infer.loading import NoGuardrail
     from train.activation import set_levels
     from train.dit import accelerate
 

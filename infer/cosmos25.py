@@ -8,19 +8,17 @@ load_pipeline, check_prompt, encode_prompt, release_text, generate_frames. The p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from diffusers import Cosmos2_5_PredictBasePipeline
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import DEFAULT_NEGATIVE_PROMPT
-from diffusers.utils import is_cosmos_guardrail_available
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from infer.denoise import PROJECTION, decode, denoise, project, to_bytes
+from infer.loading import NoGuardrail, build_guardrail, check_checkpoint, quiet_about, require_guardrail
 from infer.request import Request
 from infer.team import Team
 from infer.video import Frames, read_frames
@@ -32,7 +30,6 @@ from train.dit import accelerate
 __all__ = [
     "DEFAULT_NEGATIVE_PROMPT",
     "SYSTEM_PROMPT",
-    "NoGuardrail",
     "check_prompt",
     "check_request",
     "encode_prompt",
@@ -59,16 +56,6 @@ TEXT_LENGTH = 512
 PIPELINE_CLASS = "Cosmos2_5_PredictBasePipeline"
 
 logger = logging.getLogger(__name__)
-
-
-class NoGuardrail:
-    """Stands where the pipeline wants a safety checker, and lets everything pass."""
-
-    def to(self, *args: object, **kwargs: object) -> NoGuardrail:
-        return self
-
-    def check_text_safety(self, prompt: str) -> bool:
-        return True
 
 
 def check_request(request: Request) -> None:
@@ -101,15 +88,6 @@ def check_request(request: Request) -> None:
         )
 
 
-def require_guardrail() -> None:
-    """Raise UsageError unless `cosmos_guardrail` is installed."""
-    if not is_cosmos_guardrail_available():
-        raise UsageError(
-            "cosmos_guardrail is not installed: `pip install cosmos_guardrail`, or pass --no-guardrail; the "
-            "NVIDIA Open Model License requires a guardrail, so without it you answer for providing one"
-        )
-
-
 def load_pipeline(
     model: ModelConfig,
     *,
@@ -127,9 +105,9 @@ def load_pipeline(
     """
     if guardrail:
         require_guardrail()
-    _check_checkpoint(model)
-    checker = _build_guardrail() if guardrail else NoGuardrail()
-    with _quiet_about("safety_checker"):
+    check_checkpoint(model, PIPELINE_CLASS)
+    checker = build_guardrail() if guardrail else NoGuardrail()
+    with quiet_about("safety_checker"):
         pipe = Cosmos2_5_PredictBasePipeline.from_pretrained(
             model.path, revision=model.revision, safety_checker=checker, dtype=dtype
         )
@@ -245,9 +223,9 @@ def generate_frames(
 
 def load_decoder(model: ModelConfig, *, dtype: torch.dtype) -> Cosmos2_5_PredictBasePipeline:
     """The pipeline without transformer, text encoder and guardrail, on the CPU, for `preview`."""
-    _check_checkpoint(model)
+    check_checkpoint(model, PIPELINE_CLASS)
     absent = dict.fromkeys(("transformer", "text_encoder", "tokenizer"))
-    with _quiet_about("safety_checker"):
+    with quiet_about("safety_checker"):
         pipe = Cosmos2_5_PredictBasePipeline.from_pretrained(
             model.path, revision=model.revision, safety_checker=NoGuardrail(), dtype=dtype, **absent
         )
@@ -298,48 +276,6 @@ def preview(
     pipe.transformer = None
     own, made = (torch.nan_to_num(video) for video in (own_THWC, decode(pipe, made_BCTHW, num_frames)))
     return to_bytes(own), to_bytes(made)
-
-
-def _check_checkpoint(model: ModelConfig, expected: str = PIPELINE_CLASS) -> None:
-    path = Path(model.path)
-    is_hub_id = not path.exists() and not path.is_absolute() and len(path.parts) == 2 and path.parts[0] != ".."
-    if not is_hub_id and not (path / "model_index.json").is_file():
-        raise UsageError(f"model.path: {model.path} has no model_index.json; give a diffusers folder or a hub id")
-    try:
-        index = Cosmos2_5_PredictBasePipeline.load_config(model.path, revision=model.revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"model.path: cannot load {model.path} at revision {model.revision}: {reason}") from error
-    if index["_class_name"] != expected:
-        raise UsageError(f"model.path: {model.path} is a {index['_class_name']}, not a {expected}; see model.family")
-
-
-def _build_guardrail() -> Any:
-    from cosmos_guardrail import CosmosSafetyChecker
-
-    class Guardrail(CosmosSafetyChecker):
-        def check_video_safety(self, frames: Frames) -> Frames:
-            checked = super().check_video_safety(frames)
-            if checked is None:
-                raise LatentlineError("the guardrail rejects the generated video; change the prompt or seed")
-            return checked
-
-    return Guardrail()
-
-
-@contextmanager
-def _quiet_about(word: str) -> Iterator[None]:
-    """Drop diffusers' loading warnings that mention `word`: NoGuardrail is of another type on purpose."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return word not in record.getMessage()
-
-    loader = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    loader.addFilter(keep)
-    try:
-        yield
-    finally:
-        loader.removeFilter(keep)
 
 
 def _load_image(request: Request) -> Image.Image:

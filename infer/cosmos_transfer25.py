@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from infer import controls, cosmos25
 from infer.config import ControlnetConfig, InferConfig
 from infer.controls import fps_of, write_side_by_side
-from infer.cosmos25 import FRAME_STRIDE, SIZE_MULTIPLE, check_prompt, require_guardrail
+from infer.cosmos25 import FRAME_STRIDE, SIZE_MULTIPLE, check_prompt
+from infer.loading import NoGuardrail, build_guardrail, check_checkpoint, quiet_about, require_guardrail
 from infer.request import Request
 from infer.team import Team
 from infer.transfer_entries import parse_entry
@@ -107,10 +108,10 @@ def load_pipeline(
     """
     if guardrail:
         require_guardrail()
-    cosmos25._check_checkpoint(model, PIPELINE_CLASS)
-    checker = cosmos25._build_guardrail() if guardrail else cosmos25.NoGuardrail()
+    check_checkpoint(model, PIPELINE_CLASS)
+    checker = build_guardrail() if guardrail else NoGuardrail()
     controlnet = load_controlnet(model, dtype)
-    with cosmos25._quiet_about("safety_checker"):
+    with quiet_about("safety_checker"):
         loaded = Cosmos2_5_TransferPipeline.from_pretrained(
             model.path, revision=model.revision, controlnet=controlnet, safety_checker=checker, dtype=dtype
         )
@@ -259,10 +260,10 @@ def _whole(num_frames: int) -> int:
 
 def load_decoder(model: ModelConfig, *, dtype: torch.dtype) -> Cosmos2_5_PredictBasePipeline:
     """The pipeline without transformer, text encoder and guardrail, on the CPU, for `preview`."""
-    cosmos25._check_checkpoint(model, PIPELINE_CLASS)
+    check_checkpoint(model, PIPELINE_CLASS)
     absent = dict.fromkeys(("transformer", "text_encoder", "tokenizer", "controlnet"))
-    checker = cosmos25.NoGuardrail()
-    with cosmos25._quiet_about("safety_checker"):
+    checker = NoGuardrail()
+    with quiet_about("safety_checker"):
         loaded = Cosmos2_5_TransferPipeline.from_pretrained(
             model.path, revision=model.revision, safety_checker=checker, dtype=dtype, **absent
         )

@@ -25,7 +25,8 @@ from diffusers import (
 from tokenizers import ByteLevelBPETokenizer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from infer.cosmos25 import DEFAULT_NEGATIVE_PROMPT, SYSTEM_PROMPT, NoGuardrail
+from infer.cosmos25 import DEFAULT_NEGATIVE_PROMPT, SYSTEM_PROMPT
+from infer.loading import NoGuardrail
 from manifests.errors import UsageError
 
 BUILDER_VERSION = 1

@@ -19,7 +19,7 @@ from diffusers import (
     CosmosTransformer3DModel,
 )
 
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from pipeline.demo.checkpoint import build_tiny_checkpoint
 
 LAYERS = 4

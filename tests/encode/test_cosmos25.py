@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from encode import cosmos25
 from encode.config import EncodeConfig
 from encode.cosmos25 import TextEncoder, VideoEncoder, check_geometry, context_parts, entry_shape, latents_parts
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
 from manifests.keys import fingerprint

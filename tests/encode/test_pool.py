@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -123,6 +124,8 @@ def test_a_killed_decoder_loses_its_own_job_only(video: Path) -> None:
         pids = pool.pids
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):  # reaped already
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(DecoderLost, match=r"numbered\.mp4: its decoder process died \(SIGKILL\)"):
             doomed.result(TIMEOUT)
         assert numbers_of(pool.submit(job_of(video, 12)).result(TIMEOUT)) == [12, 13, 14, 15]

@@ -15,6 +15,7 @@ from PIL import Image
 from infer import cosmos25
 from infer.config import InferConfig
 from infer.inputs import read_requests
+from infer.loading import NoGuardrail
 from infer.request import Request
 from infer.video import Frames, read_frames, write_mp4
 from manifests.config import ModelConfig
@@ -87,7 +88,7 @@ def assert_same_frames(made: Frames, stock: np.ndarray) -> None:
 @pytest.fixture
 def stock_pipe(tiny_checkpoint: Path) -> Cosmos2_5_PredictBasePipeline:
     """diffusers' own pipeline, with its own forward of the transformer."""
-    return Cosmos2_5_PredictBasePipeline.from_pretrained(tiny_checkpoint, safety_checker=cosmos25.NoGuardrail())
+    return Cosmos2_5_PredictBasePipeline.from_pretrained(tiny_checkpoint, safety_checker=NoGuardrail())
 
 
 def test_the_frames_are_those_of_the_stock_call(
@@ -211,6 +212,7 @@ USE_GUARDRAIL = """
 import sys, torch, numpy as np
 from dataclasses import replace
 from infer import cosmos25
+from infer.loading import NoGuardrail
 from infer.config import InferConfig
 from infer.inputs import read_requests
 from manifests.config import ModelConfig

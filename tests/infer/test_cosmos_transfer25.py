@@ -18,9 +18,9 @@ from infer import cosmos_transfer25 as family
 from infer.chunks import split_request
 from infer.config import ControlnetConfig, InferConfig
 from infer.controls import hint_frames, patch_weights
-from infer.cosmos25 import NoGuardrail
 from infer.generate import check_controls, check_requests, generate
 from infer.inputs import read_requests
+from infer.loading import NoGuardrail
 from infer.request import Control as RequestedControl
 from infer.request import Request
 from infer.video import read_frames, write_mp4

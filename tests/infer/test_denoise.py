@@ -14,7 +14,7 @@ from infer import cosmos25
 from infer import denoise as loop
 from infer.adapters import load_adapters
 from infer.config import AdapterConfig
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from tests.infer.conftest import SaveAdapter
 
 FP32 = 1e-5

@@ -14,6 +14,7 @@ from infer import cosmos25
 from infer.adapters import load_adapters
 from infer.config import AdapterConfig
 from infer.denoise import denoise
+from infer.loading import NoGuardrail
 from infer.ranges import switched_by_sigma
 from manifests.errors import LatentlineError, UsageError
 from tests.infer.conftest import SaveAdapter
@@ -42,7 +43,7 @@ def sample(pipe: Cosmos2_5_PredictBasePipeline, on_sigma: Callable[[float], None
 @pytest.fixture
 def by_hand(tiny_checkpoint: Path) -> Callable[[], Cosmos2_5_PredictBasePipeline]:
     def load() -> Cosmos2_5_PredictBasePipeline:
-        return Cosmos2_5_PredictBasePipeline.from_pretrained(tiny_checkpoint, safety_checker=cosmos25.NoGuardrail())
+        return Cosmos2_5_PredictBasePipeline.from_pretrained(tiny_checkpoint, safety_checker=NoGuardrail())
 
     return load
 

@@ -12,7 +12,7 @@ from diffusers import (
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from manifests.errors import UsageError
 from pipeline.demo.checkpoint import MARKER, build_tiny_checkpoint
 

@@ -20,7 +20,7 @@ from diffusers import Cosmos2_5_PredictBasePipeline
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from infer.video import read_frames
 from manifests.cache import Cache
 from manifests.errors import UsageError

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from pipeline.model_card import write_model_folder
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages import train_stage

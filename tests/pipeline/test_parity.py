@@ -16,7 +16,7 @@ import torch
 from diffusers import Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
 
 from encode.decode import DecodeJob, decode_window
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from manifests.cache import Cache
 from manifests.order import Order
 from manifests.shards import read_tensors

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from encode.config import EncodeConfig
 from encode.cosmos25 import TextEncoder
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from manifests.config import ModelConfig
 from pipeline.demo.pretrain.__main__ import Sizes, pretrain
 from pipeline.demo.pretrain.data import base_scenes, drawn, halved_colour

@@ -24,7 +24,7 @@ from diffusers import Cosmos2_5_TransferPipeline, CosmosControlNetModel
 
 from encode.config import HintsConfig
 from encode.decode import DecodeJob, decode_window
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from infer.video import read_frames
 from manifests.cache import Cache
 from manifests.config import ModelConfig

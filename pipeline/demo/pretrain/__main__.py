@@ -14,7 +14,7 @@ import typer
 from diffusers import AutoencoderKLWan, Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from infer.cosmos25 import NoGuardrail
+from infer.loading import NoGuardrail
 from pipeline.demo.checkpoint import build_scheduler
 from pipeline.demo.pretrain.data import base_scenes, drawn
 from pipeline.demo.pretrain.dit import train_dit
