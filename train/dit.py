@@ -61,16 +61,21 @@ class FastCosmosBlock(CosmosTransformerBlock):
         cos_ND: Tensor,
         sin_ND: Tensor,
         latent_frames: int,
-    ) -> Tensor:
+        image: Tensor | None = None,
+    ) -> Any:
         y, gate = _modulated(self.norm1, x, embedded_BTC, temb_BTC)
         x = _gated(x, gate, _self_attention(self.attn1, y, cos_ND, sin_ND))
         x = x.expand(context.shape[0], -1, -1)
         y, gate = _modulated(self.norm2, x, embedded_BTC, temb_BTC)
-        x = _gated(x, gate, _cross_attention(self.attn2, y, context))
+        x = _gated(x, gate, self.cross_attention(y, context, image))
         y, gate = _modulated(self.norm3, x, embedded_BTC, temb_BTC)
         up, down = self.ff.net[0].proj, self.ff.net[2]
         x = _gated(x, gate, linear(down, gelu(linear(up, y))))
         return getattr(self, ADAPTER)(x, latent_frames) if hasattr(self, ADAPTER) else x
+
+    def cross_attention(self, y: Tensor, context: Tensor, image: Tensor | None) -> Tensor:
+        """Attend to the text. image: for a subclass whose model has image tokens; None here."""
+        return linear(self.attn2.to_out[0], _text_attention(self.attn2, y, context))
 
 
 class FastCosmosTransformer(CosmosTransformer3DModel):
@@ -242,8 +247,8 @@ def _self_attention(attn: Any, x: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Ten
     return linear(attn.to_out[0], attend(query, *all_tokens(key, value)).flatten(2))
 
 
-def _cross_attention(attn: Any, x: Tensor, context: Tensor) -> Tensor:
+def _text_attention(attn: Any, x: Tensor, context: Tensor) -> Tensor:
     query = _rms(attn.norm_q, _heads(linear(attn.to_q, x), attn)).to(x.dtype)
     key, value = (_heads(y, attn) for y in stacked_linear([attn.to_k, attn.to_v], context))
     key = _rms(attn.norm_k, key).to(x.dtype)
-    return linear(attn.to_out[0], attend(query, key, value).flatten(2))
+    return attend(query, key, value).flatten(2)

@@ -31,14 +31,11 @@ from train.dit import (
     FastCosmosTransformer,
     _computing_dtype,
     _final_norm,
-    _gated,
     _heads,
-    _modulated,
     _rms,
-    _self_attention,
+    _text_attention,
 )
-from train.linear import linear, stacked_linear
-from train.temporal import ADAPTER
+from train.linear import linear
 
 MASK_CHANNELS = 2
 """Of a controlnet's input, besides its slots of latents: the condition mask and the padding mask."""
@@ -114,16 +111,21 @@ class TransferBlock(FastCosmosBlock):
         """
         if self.before_proj is not None:
             x = self.before_proj(x) + base
-        y, gate = _modulated(self.norm1, x, embedded_BTC, temb_BTC)
-        x = _gated(x, gate, _self_attention(self.attn1, y, cos_ND, sin_ND))
-        x = x.expand(context.shape[0], -1, -1)
-        y, gate = _modulated(self.norm2, x, embedded_BTC, temb_BTC)
-        x = _gated(x, gate, _cross_attention(self.attn2, y, context, image))
-        y, gate = _modulated(self.norm3, x, embedded_BTC, temb_BTC)
-        up, down = self.ff.net[0].proj, self.ff.net[2]
-        x = _gated(x, gate, linear(down, F.gelu(linear(up, y))))
-        x = getattr(self, ADAPTER)(x, latent_frames) if hasattr(self, ADAPTER) else x
+        x = super().forward(x, context, embedded_BTC, temb_BTC, cos_ND, sin_ND, latent_frames, image)
         return x if self.after_proj is None else (x, self.after_proj(x))
+
+    def cross_attention(self, y: Tensor, context: Tensor, image: Tensor | None) -> Tensor:
+        """Attend to the text, and to the image's tokens where there are some."""
+        attn = self.attn2
+        attended = _text_attention(attn, y, context)
+        if image is not None:
+            values = linear(attn.v_img, image)
+            if image.shape[1] > 1:
+                queries = _rms(attn.q_img_norm, _heads(linear(attn.q_img, y), attn)).to(y.dtype)
+                keys = _rms(attn.k_img_norm, _heads(linear(attn.k_img, image), attn)).to(y.dtype)
+                values = attend(queries, keys, _heads(values, attn)).flatten(2)
+            attended = attended + values
+        return linear(attn.to_out[0], attended)
 
 
 class ControlledTransformer(FastCosmosTransformer):
@@ -238,21 +240,6 @@ def _image_tokens(model: Any, image: Tensor | None, num_samples: int, dtype: tor
         weight = model.img_context_proj[0].weight
         image = torch.zeros(num_samples, 1, model.config.img_context_dim_in, device=weight.device, dtype=dtype)
     return model.img_context_proj(image.expand(num_samples, -1, -1))
-
-
-def _cross_attention(attn: Any, x: Tensor, context: Tensor, image: Tensor | None) -> Tensor:
-    query = _rms(attn.norm_q, _heads(linear(attn.to_q, x), attn)).to(x.dtype)
-    key, value = (_heads(y, attn) for y in stacked_linear([attn.to_k, attn.to_v], context))
-    key = _rms(attn.norm_k, key).to(x.dtype)
-    y = attend(query, key, value).flatten(2)
-    if image is not None:
-        values = linear(attn.v_img, image)
-        if image.shape[1] > 1:
-            queries = _rms(attn.q_img_norm, _heads(linear(attn.q_img, x), attn)).to(x.dtype)
-            keys = _rms(attn.k_img_norm, _heads(linear(attn.k_img, image), attn)).to(x.dtype)
-            values = attend(queries, keys, _heads(values, attn)).flatten(2)
-        y = y + values
-    return linear(attn.to_out[0], y)
 
 
 def _plain(value: Any) -> Any:
