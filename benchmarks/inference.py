@@ -25,7 +25,7 @@ from PIL import Image
 
 from benchmarks.real_checkpoint import TRANSFORMER_2B, bfloat16_on
 from benchmarks.training_step import clear, peak_gib
-from encode.cosmos25 import accelerate_vae
+from encode.cosmos25_models import accelerate_vae
 from infer import denoise as loop
 from infer.loading import NoGuardrail
 from pipeline.demo.checkpoint import build_scheduler

@@ -31,8 +31,9 @@ from manifests.cache import Cache
 from manifests.commit import commit_shard
 from manifests.keys import digest
 from manifests.order import Order
+from manifests.places import Location
 from manifests.schema import OK
-from manifests.shards import Entry, Location, read_tensors
+from manifests.shards import Entry, read_tensors
 from manifests.store import Store
 from tests.manifests.s3 import BUCKET, environment, moto_server
 

@@ -6,18 +6,16 @@ import contextlib
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from encode.config import DataConfig, EncodeConfig
-from encode.executors import run_local
 from encode.naming import Clip
 from encode.stopping import Stop
 from encode.survey import Survey, check, survey
 from encode.throughput import throughput
-from encode.worker import ShardReport
 from manifests.cache import Cache
 from manifests.compact import compact
 from manifests.config import ModelConfig
@@ -30,6 +28,9 @@ from manifests.sample_rows import flat_hints, hint_rows
 from manifests.schema import KINDS, PLAN, SAMPLE_KINDS, Kind
 from manifests.snapshot import Snapshot, SnapshotCounts, build_snapshot
 from manifests.store import Store
+
+if TYPE_CHECKING:
+    from encode.worker import ShardReport
 
 _BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -141,8 +142,9 @@ def run_encode(
     assert planned.cache is not None
     log = EventLog(planned.cache.store, planned.plan.plan_id)
     log.write("started", executor=config.executor, index=index, total=total, missing=planned.missing)
-    run = _run_ray if config.executor == "ray" else run_local
-    running = run(model, config, planned.plan, index=index, total=total, stop=stop or Stop(), event=log.write)
+    running = _executor(config)(
+        model, config, planned.plan, index=index, total=total, stop=stop or Stop(), event=log.write
+    )
     try:
         with contextlib.closing(cast("Generator[ShardReport, None, None]", running)):
             for report in running:
@@ -164,11 +166,15 @@ def run_encode(
     return reports
 
 
-def _run_ray(*arguments: Any, **options: Any) -> Iterator[ShardReport]:
-    """In a function of its own, so that other executors need not import Ray."""
-    from encode.ray_executor import run_ray
+def _executor(config: EncodeConfig) -> Callable[..., Iterator[ShardReport]]:
+    """In a function of its own: planning imports no torch, and other executors no Ray."""
+    if config.executor == "ray":
+        from encode.ray_executor import run_ray
 
-    return run_ray(*arguments, **options)
+        return run_ray
+    from encode.executors import run_local
+
+    return run_local
 
 
 def _write_events(log: EventLog, report: ShardReport) -> None:

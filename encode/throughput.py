@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from encode.worker import ShardReport
+if TYPE_CHECKING:
+    from encode.worker import ShardReport
 
 
 def throughput(reports: Iterable[ShardReport]) -> dict[str, float]:

@@ -21,9 +21,6 @@ from torch import Tensor
 
 from encode.grid import CausalConv, Grid, flatten, norm_silu
 
-VERSION = 1
-"""Raised whenever the same frames would give other bytes."""
-
 STRIDE = 4
 CHUNK_PIXELS = 32 * 432 * 768
 """Pixels of a chunk: memory peaks at about 900 bytes a pixel, 9 GiB."""

@@ -240,7 +240,7 @@ class ShardWorker:
             self._encoder = None
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._encoder = getattr(self._family, name)(self._model, self._config, self._device)
+            self._encoder = getattr(self._family.models(), name)(self._model, self._config, self._device)
         return self._encoder
 
     def _footer_of(self, kind: str) -> dict[str, Any]:

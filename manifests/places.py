@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,19 @@ REPEATED = (
     "context_shard", "context_checksum",
 )  # fmt: skip
 HINT_PLACES = {name: f"hint_{name}s" for name in ("shard", "offset", "size", "checksum")}
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where an entry's safetensors bytes lie.
+
+    shard: path of the tar in the cache. offset, size: bytes. checksum: SHA-256 of those bytes.
+    """
+
+    shard: str
+    offset: int
+    size: int
+    checksum: str
 
 
 def plain(column: pa.ChunkedArray) -> pa.Array:

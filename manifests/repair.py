@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from manifests.cache import Cache
 from manifests.compact import forget
@@ -16,7 +17,9 @@ from manifests.errors import CorruptError
 from manifests.keys import checksum
 from manifests.schema import Kind, damaged_path, manifest_path
 from manifests.snapshot import relocate
-from manifests.verify import Finding
+
+if TYPE_CHECKING:
+    from manifests.verify import Finding
 
 
 @dataclass(frozen=True)

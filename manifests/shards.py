@@ -22,22 +22,10 @@ from webdataset import TarWriter
 
 from manifests.errors import CorruptError
 from manifests.keys import checksum
+from manifests.places import Location
 from manifests.store import Store
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where an entry's safetensors bytes lie.
-
-    shard: path of the tar in the cache. offset, size: bytes. checksum: SHA-256 of those bytes.
-    """
-
-    shard: str
-    offset: int
-    size: int
-    checksum: str
 
 
 @dataclass(frozen=True)

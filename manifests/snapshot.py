@@ -22,10 +22,9 @@ from manifests.cache import Cache, is_first
 from manifests.errors import LatentlineError, UsageError
 from manifests.hints import kind_of
 from manifests.keys import FORMAT_VERSION, table_digest
-from manifests.places import HINT_PLACES, REPEATED, HintPlaces, Places, compact, plain
+from manifests.places import HINT_PLACES, REPEATED, HintPlaces, Location, Places, compact, plain
 from manifests.sample_rows import first_names, is_new, pieces, sample_ids
 from manifests.schema import OK, SAMPLE_KINDS, SNAPSHOT, SNAPSHOT_IDENTITY, snapshot_name_path, snapshot_path
-from manifests.shards import Location
 from manifests.store import Store
 from manifests.tables import read_table, table_bytes
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,9 +27,11 @@ from manifests.schema import KINDS, OK, QUARANTINED, SAMPLE_KINDS, SNAPSHOT, Kin
 from manifests.snapshot import load_snapshot
 from manifests.subset import make_subsets
 from manifests.tables import read_table
-from manifests.verify import Finding, verify
 from pipeline.recipe import Recipe, resolved
-from pipeline.report import quiet_libraries, track
+from pipeline.report import quiet_downloads, track
+
+if TYPE_CHECKING:
+    from manifests.verify import Finding
 
 _SHOWN = 10
 
@@ -67,6 +69,8 @@ def cache_verify(url: str, *, repair_damage: bool, as_json: bool) -> tuple[dict[
 
     The exit code is 1 if there is damage that was not repaired.
     """
+    from manifests.verify import verify
+
     cache = Cache(url)
     found = verify(cache, track=track("reading shards"))
     result: dict[str, Any] = {
@@ -90,7 +94,7 @@ def cache_verify(url: str, *, repair_damage: bool, as_json: bool) -> tuple[dict[
 
 def cache_explain(recipe: Recipe, video: str, *, as_json: bool) -> dict[str, Any]:
     """Say for each window and caption of a video whether the cache has it, and if not, what of its key differs."""
-    quiet_libraries()
+    quiet_downloads()
     cache = Cache(recipe.encode.cache)
     request = check(recipe.model, recipe.data, recipe.encode)
     request = replace(request, items=_items_of(request.items, video))
@@ -111,7 +115,7 @@ def cache_explain(recipe: Recipe, video: str, *, as_json: bool) -> dict[str, Any
 
 def cache_plan(recipe: Recipe, *, price: float | None) -> dict[str, Any]:
     """Say what `encode` would do, what it would reuse, what nothing uses any more, and what it would cost."""
-    quiet_libraries()
+    quiet_downloads()
     planned = plan_encode(
         recipe.model, recipe.data, recipe.encode, resolved(recipe), create=False, track=track("reading videos")
     )

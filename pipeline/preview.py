@@ -19,7 +19,8 @@ from manifests.cache import Cache
 from manifests.errors import StaleCacheError
 from manifests.family import find_family
 from manifests.hints import kind_of
-from manifests.shards import Location, read_tensors
+from manifests.places import Location
+from manifests.shards import read_tensors
 from manifests.snapshot import Snapshot, load_snapshot
 from pipeline.recipe import Recipe, validate
 from pipeline.report import quiet_libraries, track
@@ -51,7 +52,7 @@ def cache_preview(url: str, recipe: Recipe | None, *, snapshot: str, count: int,
             f"{recipe.model.path!r} has; give the recipe that encoded them"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoder = family.VideoDecoder(recipe.model, recipe.encode, device)
+    decoder = family.models().VideoDecoder(recipe.model, recipe.encode, device)
     output.mkdir(parents=True, exist_ok=True)
     strips, videos = [], []
     with DecodePool(1, recipe.encode.decode_timeout) as decoders:

@@ -51,8 +51,19 @@ def track(description: str) -> Any:
     return wrap
 
 
+def quiet_downloads() -> None:
+    """Keep the progress bars of huggingface_hub out of logs; a terminal keeps them."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not console.is_terminal:
+        disable_progress_bars()
+
+
 def quiet_libraries() -> None:
-    """Keep the progress bars of diffusers, transformers and huggingface_hub out of logs; a terminal keeps them."""
+    """Keep the progress bars of diffusers, transformers and huggingface_hub out of logs; a terminal keeps them.
+
+    Imports them: for commands that load models.
+    """
     if console.is_terminal:
         return
     from diffusers.utils import logging as diffusers_logging

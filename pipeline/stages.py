@@ -14,7 +14,6 @@ from encode.job import EncodePlan, finish_encode, plan_encode, run_encode
 from encode.naming import Clip
 from encode.stopping import Stop, stop_on_signal
 from encode.throughput import throughput
-from encode.worker import ShardReport
 from infer.config import AdapterConfig, InferConfig
 from manifests.cache import Cache
 from manifests.errors import EXIT_DONE, EXIT_FAILURE, EXIT_QUARANTINED, UsageError
@@ -26,10 +25,11 @@ from manifests.snapshot import Snapshot, load_snapshot
 from manifests.store import Store
 from pipeline.array import array_expression, array_tasks, missing_tasks, plan_array
 from pipeline.recipe import Recipe, resolved, write_resolved
-from pipeline.report import human_bytes, log, progress_bar, quiet_libraries, track
+from pipeline.report import human_bytes, log, progress_bar, quiet_downloads, quiet_libraries, track
 from pipeline.sample_table import show_samples
 
 if TYPE_CHECKING:
+    from encode.worker import ShardReport
     from infer.results import Result
 
 _SHOWN_ERRORS = 5
@@ -88,7 +88,7 @@ def encode_stage(
 
 def plan_stage(recipe: Recipe, stop: Stop, *, create: bool, retry_quarantined: bool = False) -> EncodePlan:
     """Look at the videos and plan what is missing; `stop` may end it between two videos."""
-    quiet_libraries()
+    quiet_downloads()
 
     def watched(items: Iterable[Any], total: int) -> Iterator[Any]:
         for item in track("reading videos")(items, total):
@@ -219,7 +219,7 @@ def infer_stage(
         guardrail=guardrail,
         force=force,
         on_ready=lambda: write_resolved(replace(recipe, infer=config), Path(config.output)),
-        accelerate_vae=find_family("encode", recipe.model).accelerate_vae,
+        accelerate_vae=find_family("encode", recipe.model).models().accelerate_vae,
     )
     return _infer_result(config, results)
 
@@ -241,6 +241,8 @@ def _infer_result(config: InferConfig, results: Sequence[Result]) -> tuple[dict[
 
 
 def _run_with_progress(recipe: Recipe, planned: EncodePlan, index: int, total: int, stop: Stop) -> list[ShardReport]:
+    if planned.plan.num_entries:
+        quiet_libraries()
     with progress_bar() as progress:
         bars: dict[str, TaskID] = {
             kind: progress.add_task(f"encoding {kind}", total=planned.missing[kind], note="")

@@ -20,7 +20,8 @@ import torch
 from manifests.errors import LatentlineError
 from manifests.mixture import Mixture
 from manifests.order import order_of
-from manifests.shards import Location, read_tensors
+from manifests.places import Location
+from manifests.shards import read_tensors
 from manifests.snapshot import Sample, Snapshot
 from manifests.store import Store
 from train.config import TrainConfig

@@ -14,16 +14,16 @@ FATAL = 250
 
 
 def install() -> None:
-    from encode import cosmos25
+    from encode import cosmos25_models
 
-    encode = cosmos25.VideoEncoder.encode
+    encode = cosmos25_models.VideoEncoder.encode
 
     def fatal(self: Any, frames_THWC: np.ndarray) -> Any:
         if frames_THWC.min() >= FATAL:
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(self, frames_THWC)
 
-    cosmos25.VideoEncoder.encode = fatal  # type: ignore[method-assign]
+    cosmos25_models.VideoEncoder.encode = fatal  # type: ignore[method-assign]
 
 
 def setup() -> dict[str, Any]:

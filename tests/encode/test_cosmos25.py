@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from encode import cosmos25
 from encode.config import EncodeConfig
-from encode.cosmos25 import TextEncoder, VideoEncoder, check_geometry, context_parts, entry_shape, latents_parts
+from encode.cosmos25 import check_geometry, context_parts, entry_shape, latents_parts
+from encode.cosmos25_models import TextEncoder, VideoEncoder
 from infer.loading import NoGuardrail
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
@@ -214,7 +215,7 @@ def test_latents_fingerprints_change_with_what_makes_latents(
     elif part == "pixels":
         monkeypatch.setattr(cosmos25, "PIXEL_POLICY", "another way to resize")
     else:
-        monkeypatch.setattr(cosmos25, "VERSION", 99)
+        monkeypatch.setattr(cosmos25, "ENCODER_VERSION", 99)
     assert latents_fingerprint(copied, config) != before
     assert context_fingerprint(copied) == contexts
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from encode import cosmos_transfer25
+from encode import cosmos_transfer25_models
 from encode.config import DataConfig, DatasetConfig, EncodeConfig, HintsConfig, WindowsConfig
 from encode.decode import DecodeJob, decode_window
 from encode.job import EncodeResult, finish_encode, plan_encode, run_encode
@@ -72,7 +72,7 @@ def test_hints_are_entries_with_recorded_parameters(tmp_path: Path, tiny_transfe
     cache = Cache(config.cache)
     assert not verify(cache).damaged
     rows = {row["key"]: row for row in cache.rows("hint").to_pylist()}
-    encoder = cosmos_transfer25.HintEncoder(ModelConfig(path=str(tiny_transfer)), config, torch.device("cpu"))
+    encoder = cosmos_transfer25_models.HintEncoder(ModelConfig(path=str(tiny_transfer)), config, torch.device("cpu"))
     sample = result.snapshot.sample(0)
     names = result.snapshot.column("hint_names")[0].as_py()
     assert names == ["depth/0", "edge/0", "edge/1", "edge/2", "seg/0", "vis/0", "vis/1", "vis/2"]

@@ -9,7 +9,8 @@ import pytest
 
 from manifests.cache import Cache
 from manifests.errors import CorruptError
-from manifests.shards import Location, read_payload
+from manifests.places import Location
+from manifests.shards import read_payload
 from manifests.store import Store
 from tests.manifests.filled import commit, fill, latents_row, wanted_table
 

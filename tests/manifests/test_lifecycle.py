@@ -11,10 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from manifests.cache import Cache
 from manifests.compact import compact
 from manifests.gc import find_garbage, remove
+from manifests.places import Location
 from manifests.plan import adopt_plan, missing_entries
 from manifests.repair import repair
 from manifests.schema import KINDS, MANIFEST
-from manifests.shards import Location, read_payload
+from manifests.shards import read_payload
 from manifests.snapshot import load_snapshot
 from manifests.tables import read_table
 from manifests.verify import verify

@@ -13,8 +13,9 @@ import pytest
 from manifests.cache import Cache
 from manifests.compact import compact
 from manifests.errors import CorruptError, LatentlineError, UsageError
+from manifests.places import Location
 from manifests.plan import missing_entries
-from manifests.shards import Location, read_payload, read_tensors
+from manifests.shards import read_payload, read_tensors
 from manifests.snapshot import load_snapshot
 from manifests.store import Store
 from tests.manifests.filled import commit, entry, fill, freeze, latents_row, make_cache, samples_table, wanted_table

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifests.errors import CorruptError
-from manifests.shards import Entry, Location, pack, read_payload, read_tensors
+from manifests.places import Location
+from manifests.shards import Entry, pack, read_payload, read_tensors
 from manifests.store import Store
 from tests.manifests.filled import flip_bit
 

@@ -7,10 +7,11 @@ import torch
 
 from manifests.cache import Cache
 from manifests.compact import compact
+from manifests.places import Location
 from manifests.plan import missing_entries
 from manifests.repair import mend_snapshots, repair
 from manifests.schema import MANIFEST
-from manifests.shards import Entry, Location, read_payload
+from manifests.shards import Entry, read_payload
 from manifests.snapshot import load_snapshot
 from manifests.tables import read_table, table_bytes
 from manifests.values import fault_of

@@ -9,7 +9,7 @@ from diffusers import Cosmos2_5_PredictBasePipeline
 from safetensors.torch import load_file
 
 from encode.config import EncodeConfig
-from encode.cosmos25 import TextEncoder
+from encode.cosmos25_models import TextEncoder
 from infer.loading import NoGuardrail
 from manifests.config import ModelConfig
 from pipeline.demo.pretrain.__main__ import Sizes, pretrain

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from encode.cosmos25 import DEFAULT_NEGATIVE_PROMPT, _conversation, _normalise, _token_ids
+from encode.cosmos25 import DEFAULT_NEGATIVE_PROMPT
+from encode.cosmos25_models import _conversation, _normalise, _token_ids
 from pipeline.demo.checkpoint import build_text_encoder, build_tokenizer
 from pipeline.demo.pretrain.data import base_scenes
 from pipeline.demo.pretrain.loop import Loop
