@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
+from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict, pipeline_cosmos2_5_transfer
 from safetensors.torch import load_file, save_file
 
-from encode import cosmos25
+from encode import cosmos25, cosmos_transfer25
 from encode.config import EncodeConfig
 from encode.cosmos25 import check_geometry, context_parts, entry_shape, latents_parts
 from encode.cosmos25_models import TextEncoder, VideoEncoder
@@ -257,3 +258,8 @@ def test_a_folder_that_is_no_checkpoint_is_named(copied: ModelConfig) -> None:
     Path(copied.path, "vae", "config.json").unlink()
     with pytest.raises(UsageError, match=r"vae/config\.json"):
         latents_parts(copied, CONFIG)
+
+
+def test_the_negative_prompt_is_the_one_of_diffusers():
+    assert cosmos25.DEFAULT_NEGATIVE_PROMPT == pipeline_cosmos2_5_predict.DEFAULT_NEGATIVE_PROMPT
+    assert cosmos_transfer25.DEFAULT_NEGATIVE_PROMPT == pipeline_cosmos2_5_transfer.DEFAULT_NEGATIVE_PROMPT

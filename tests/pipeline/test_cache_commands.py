@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,15 @@ from manifests.snapshot import load_snapshot
 from pipeline.cli import app
 from tests.manifests.filled import flip_bit
 from tests.pipeline.recipes import recipe_values, write_recipe
+
+MODEL_LIBRARIES = {"torch", "diffusers", "transformers", "peft", "webdataset", "ray"}
+LIGHT = """
+import json, sys
+from pipeline.cli import app
+for arguments in json.loads(sys.argv[1]):
+    code = app(arguments, standalone_mode=False)
+    print(json.dumps([arguments, code, sorted({name.split(".")[0] for name in sys.modules})]), file=sys.stderr)
+"""
 
 
 def run(*arguments: Any, code: int = 0) -> dict[str, Any]:
@@ -236,3 +247,20 @@ def test_preview_with_another_model_is_refused(folder, tmp_path, tiny_checkpoint
     done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "preview")])
     assert "made with another" in str(done.exception)
     assert "latents_mean" in str(done.exception)
+
+
+def test_what_needs_no_model_imports_no_model_library(folder, demo_dataset):
+    recipe, video = str(folder / "recipe.toml"), sorted((folder / "data" / "videos").iterdir())[1]
+    commands = [["recipe", "list"], ["recipe", "show", recipe], ["encode", recipe, "--dry-run"], ["encode", recipe]]
+    commands += [["cache", verb, recipe] for verb in ("status", "plan", "gc")]
+    commands += [["cache", "explain", recipe, str(video)], ["cache", "snapshot", recipe, "--name", "part", "--where", "start = 0"]]
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, json.dumps(commands)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[[")]
+    assert [arguments for arguments, _, _ in told] == commands
+    for arguments, code, modules in told:
+        assert code in (None, 0, 3), arguments
+        assert not MODEL_LIBRARIES & set(modules), arguments
+    assert "manifests" in told[-1][2]
