@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -30,6 +31,8 @@ sys.path.insert(0, str(REPOSITORY))
 CORES = 2
 WINDOWS_PER_VIDEO = 10
 ENTRIES_PER_SHARD = {"latents": 24, "context": 64}
+SHARDS_PER_PART = 20_000
+LINKS = 50_000
 
 
 def prepare(folder: Path, num_windows: int) -> None:
@@ -38,35 +41,32 @@ def prepare(folder: Path, num_windows: int) -> None:
     import pyarrow.parquet as pq
 
     from manifests.cache import Cache
-    from manifests.keys import digest
-    from manifests.sources import SourceFacts, SourceMemory
+    from manifests.schema import SOURCES
+    from manifests.tables import table_bytes
     from pipeline.demo.checkpoint import build_tiny_checkpoint
 
-    num_videos = max(1, num_windows // WINDOWS_PER_VIDEO)
+    numbers = range(max(1, num_windows // WINDOWS_PER_VIDEO))
     build_tiny_checkpoint(folder / "model")
-    memory = SourceMemory(Cache(str(folder / "cache"), create=True))
-    names = []
-    for number in range(num_videos):
-        path = folder / "videos" / f"{number % 1000:03d}" / f"episode_{number:08d}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        names.append(str(path))
-        stat = path.stat()
-        memory.add(
-            SourceFacts(
-                location=str(path.resolve()),
-                size=stat.st_size,
-                modified_ns=stat.st_mtime_ns,
-                source_hash=digest(number),
-                source_frames=93 * WINDOWS_PER_VIDEO + number % 90,
-                source_fps=16.0,
-                height=480,
-                width=832,
-            )
-        )
-    memory.save()
-    captions = [f"Use the left arm to move object {number} to the tray." for number in range(num_videos)]
-    pq.write_table(pa.table({"video": names, "caption": captions}), folder / "data.parquet")
+    cache = Cache(str(folder / "cache"), create=True)
+    videos = str((folder / "videos").resolve())
+    for part in range(1000):
+        os.makedirs(f"{videos}/{part:03d}")
+    paths = [f"{videos}/{number % 1000:03d}/episode_{number:08d}.mp4" for number in numbers]
+    for path in paths:
+        os.mknod(path)
+    known = {
+        "location": paths,
+        "size": [0] * len(paths),
+        "modified_ns": [os.stat(path).st_mtime_ns for path in paths],
+        "source_hash": [_name(number) for number in numbers],
+        "source_frames": [93 * WINDOWS_PER_VIDEO + number % 90 for number in numbers],
+        "source_fps": [16.0] * len(paths),
+        "height": [480] * len(paths),
+        "width": [832] * len(paths),
+    }
+    cache.store.write("sources/known.parquet", table_bytes(_table(known, len(paths), SOURCES), {}))
+    captions = [f"Use the left arm to move object {number} to the tray." for number in numbers]
+    pq.write_table(pa.table({"video": paths, "caption": captions}), folder / "data.parquet")
 
 
 def recipe_parts(folder: Path) -> tuple[Any, Any, Any]:
@@ -102,6 +102,14 @@ def plan(folder: Path) -> int:
 
 def commit(folder: Path) -> int:
     """Write the manifests of every shard, as workers would; not timed as planning."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(CORES) as workers:
+        return sum(workers.map(commit_part, [folder] * CORES, range(CORES)))
+
+
+def commit_part(folder: Path, index: int) -> int:
+    import numpy as np
     import pyarrow as pa
 
     from manifests.cache import Cache
@@ -111,22 +119,29 @@ def commit(folder: Path) -> int:
 
     cache = Cache(str(folder / "cache"))
     [info] = cache.store.list("plans")
-    plan = read_plan(cache, info.path.removeprefix("plans/").removesuffix(".parquet"))
-    shards = 0
-    for task in plan.tasks():
-        tar = tar_path(task.kind, task.shard_id, "0" * 12)
-        rows = [
-            {name: row.get(name) for name in MANIFEST.names}
-            | {"status": "ok", "shard": tar, "offset": 1024 * i, "size": 1000, "checksum": row["key"] + "0" * 24}
-            | {"shape": [16, 24, 60, 104], "dtype": "bfloat16"}
-            for i, row in enumerate(task.rows)
-        ]
-        path = folder / "cache" / manifest_path(task.kind, task.shard_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(table_bytes(pa.Table.from_pylist(rows, schema=MANIFEST), {"format": 1}))
-        (folder / "cache" / tar).touch()
-        shards += 1
-    return shards
+    table = read_plan(cache, info.path.removeprefix("plans/").removesuffix(".parquet")).table.combine_chunks()
+    for kind in ENTRIES_PER_SHARD:
+        os.makedirs(folder / "cache" / "entries" / kind, exist_ok=True)
+    ids, kinds, keys = (table[name].to_numpy() for name in ("shard_id", "kind", "key"))
+    begins = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
+    tars: list[str] = []
+    for begin, end in list(zip(begins, [*begins[1:], len(ids)], strict=True))[index::CORES]:
+        rows, kind, shard_id = range(end - begin), kinds[begin], ids[begin]
+        tar = tar_path(kind, shard_id, "0" * 12)
+        placed = {name: table[name].slice(begin, len(rows)) for name in table.column_names} | {
+            "status": ["ok"] * len(rows),
+            "shard": [tar] * len(rows),
+            "offset": [1024 * row for row in rows],
+            "size": [1000] * len(rows),
+            "checksum": [key + "0" * 24 for key in keys[begin:end]],
+            "shape": pa.array([[16, 24, 60, 104]] * len(rows), MANIFEST.field("shape").type),
+            "dtype": ["bfloat16"] * len(rows),
+        }
+        path = folder / "cache" / manifest_path(kind, shard_id)
+        path.write_bytes(table_bytes(_table(placed, len(rows), MANIFEST), {"format": 1}))
+        tars.append(f"{folder}/cache/{tar}")
+    _make_empty(tars)
+    return len(tars)
 
 
 def plan_again(folder: Path) -> int:
@@ -167,36 +182,60 @@ def compact(folder: Path) -> int:
 
 def make_shards(folder: Path, num_shards: int) -> None:
     """A compacted cache of one entry a shard: names of manifests and tars, and the compacted rows."""
-    import pyarrow as pa
-
     from manifests.cache import Cache
-    from manifests.keys import digest
     from manifests.schema import COMPACTED, compacted_path, manifest_path, tar_path
     from manifests.tables import table_bytes
 
     cache = Cache(str(folder / "cache"), create=True)
-    tag = digest("plan")[:12]
-    (folder / "cache" / manifest_path("latents", "x")).parent.mkdir(parents=True)
-    part = 20_000
-    for begin in range(0, num_shards, part):
-        rows = []
-        for number in range(begin, min(begin + part, num_shards)):
-            shard_id = tag + digest(number)[12:]
-            tar = tar_path("latents", shard_id, "0" * 12)
-            (folder / "cache" / manifest_path("latents", shard_id)).touch()
-            (folder / "cache" / tar).touch()
-            row = dict.fromkeys(COMPACTED.names) | {"key": digest([number]), "kind": "latents", "status": "ok"}
-            row |= {"source": f"/videos/{number}.mp4", "source_hash": digest(-number), "shard": tar, "offset": 1024}
-            rows.append(row | {"size": 1000, "checksum": digest(number) + "0" * 24, "shard_id": shard_id})
-        footer = {"format": 1, "tag": tag, "plan_shards": num_shards}
-        data = table_bytes(pa.Table.from_pylist(rows, schema=COMPACTED), footer)
-        cache.store.write(compacted_path("latents", tag, digest(begin)), data)
+    tag = _name("plan")[:12]
+    os.makedirs(folder / "cache" / "entries" / "latents")
+    for begin in range(0, num_shards, SHARDS_PER_PART):
+        names = [_name(number) for number in range(begin, min(begin + SHARDS_PER_PART, num_shards))]
+        ids = [tag + name[12:] for name in names]
+        tars = [tar_path("latents", shard_id, "0" * 12) for shard_id in ids]
+        _make_empty([f"{folder}/cache/{manifest_path('latents', shard_id)}" for shard_id in ids])
+        _make_empty([f"{folder}/cache/{tar}" for tar in tars])
+        rows = {
+            "key": names,
+            "kind": ["latents"] * len(ids),
+            "status": ["ok"] * len(ids),
+            "source": [f"/videos/{name}.mp4" for name in names],
+            "source_hash": names,
+            "shard": tars,
+            "offset": [1024] * len(ids),
+            "size": [1000] * len(ids),
+            "checksum": [name + "0" * 24 for name in names],
+            "shard_id": ids,
+        }
+        data = table_bytes(_table(rows, len(ids), COMPACTED), {"format": 1, "tag": tag, "plan_shards": num_shards})
+        cache.store.write(compacted_path("latents", tag, _name(begin)), data)
 
 
 def open_shards(folder: Path) -> int:
     from manifests.cache import Cache
 
     return Cache(str(folder / "cache")).summary("latents").entries
+
+
+def _make_empty(paths: list[str]) -> None:
+    """Empty files, as names of few inodes: what is never opened need not cost one each."""
+    for number, path in enumerate(paths):
+        if number % LINKS == 0:
+            os.mknod(first := path)
+        else:
+            os.link(first, path)
+
+
+def _name(what: object) -> str:
+    """What looks like a key."""
+    return hashlib.sha256(str(what).encode()).hexdigest()[:40]
+
+
+def _table(columns: dict[str, Any], num_rows: int, schema: Any) -> Any:
+    """A table of a schema; columns that are not given are null."""
+    import pyarrow as pa
+
+    return pa.table([columns.get(field.name, pa.nulls(num_rows, field.type)) for field in schema], schema=schema)
 
 
 STEPS: dict[str, Callable[..., Any]] = {

@@ -99,9 +99,11 @@ class Names:
             width=config.width,
         )
         self.num_windows += len(starts)
-        hints_of: list[tuple[str | None, list[str] | None, list[str] | None]] = [(None, None, None)] * len(starts)
-        if config.hints.kinds and error is None:
-            hints_of = [self._hints(item, facts, hint_facts, start) for start in starts]
+        hints_of: list[tuple[str | None, list[str] | None, list[str] | None]] = []
+        if config.hints.kinds:
+            hints_of = [(None, None, None)] * len(starts)
+            if error is None:
+                hints_of = [self._hints(item, facts, hint_facts, start) for start in starts]
         padding = self._padding(facts) if error is None else None
         contexts = {name: self.context(caption) for name, caption in item.captions.items()}
         several = len(contexts) > 1 or "" not in contexts
@@ -146,9 +148,8 @@ class Names:
         rows = items.take(pa.array(_repeats(self._counts)))
         rows = rows.append_column("key", pa.array(self._keys, pa.string()))
         rows = rows.append_column("start", pa.array(self._starts, pa.int64()))
-        for name, values in zip(
-            ("hints_key", "hint_names", "hint_keys"), zip(*self._hints_of, strict=True), strict=True
-        ):
+        names = ("hints_key", "hint_names", "hint_keys") if self._hints_of else ()
+        for name, values in zip(names, zip(*self._hints_of, strict=True), strict=True):
             rows = rows.append_column(name, pa.array(values, SNAPSHOT.field(name).type))
         self._windows.append(rows)
         self._wanted_hints.append(pa.Table.from_pylist(self._hint_rows, schema=WANTED))

@@ -151,16 +151,12 @@ def survey(
             "retry_failed": retry_failed,
         }
         try:
-            for video, facts in _until_full(request, found, track):
-                memory.add(facts)
-                known[video] = facts
+            known.update(_until_full(request, found, track))
             items = _kept(request, known, left_out)
             if given := [kind for kind in config.hints.kinds if kind in GIVEN]:
                 items = with_hint_videos(request.data, items, given)
                 videos = list(dict.fromkeys(video for item in items for video in item.hints.values()))
-                for video, facts in zip(videos, track(_look_at_all(videos, **found), len(videos)), strict=True):
-                    memory.add(facts)
-                    known[video] = facts
+                known.update(zip(videos, track(_look_at_all(videos, **found), len(videos)), strict=True))
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
             if remember:
@@ -246,7 +242,8 @@ def _look_at_all(
     decoders: DecodePool,
     retry_failed: bool,
 ) -> Iterator[SourceFacts]:
-    """Facts of each video, in order. What is not known by location, size and time is read a few videos ahead."""
+    """Facts of each video, in order. What is not known by location, size and time is read a few videos ahead, and
+    added to the memory."""
     waiting: deque[SourceFacts | Future[SourceFacts]] = deque()
     for video in videos:
         state = _state(video)
@@ -258,13 +255,16 @@ def _look_at_all(
         else:
             waiting.append(known)
         while len(waiting) > _AHEAD:
-            yield _settled(waiting.popleft())
+            yield _settled(waiting.popleft(), memory)
     while waiting:
-        yield _settled(waiting.popleft())
+        yield _settled(waiting.popleft(), memory)
 
 
-def _settled(facts: SourceFacts | Future[SourceFacts]) -> SourceFacts:
-    return facts.result() if isinstance(facts, Future) else facts
+def _settled(facts: SourceFacts | Future[SourceFacts], memory: SourceMemory) -> SourceFacts:
+    if isinstance(facts, Future):
+        facts = facts.result()
+        memory.add(facts)
+    return facts
 
 
 def _state(video: VideoFile) -> FileState:

@@ -85,6 +85,12 @@ def test_sample_ids_are_equal_exactly_when_their_parts_are(first, second):
     assert (of(first) == of(second)) == (first == second)
 
 
+@given(dataset=st.text(), latents=st.text(), context=st.text(), hints=st.none() | st.text())
+def test_a_sample_id_is_the_digest_of_its_parts(dataset, latents, context, hints):
+    parts = {"dataset": dataset, "latents": latents, "context": context} | ({} if hints is None else {"hints": hints})
+    assert keys.sample_id(dataset=dataset, latents=latents, context=context, hints=hints) == keys.digest(parts)
+
+
 def test_keys_are_safe_names_and_nan_has_none():
     assert len(keys.digest({})) == keys.KEY_DIGITS
     assert set(keys.digest({})) <= set("0123456789abcdef")

@@ -253,7 +253,10 @@ def test_what_needs_no_model_imports_no_model_library(folder, demo_dataset):
     recipe, video = str(folder / "recipe.toml"), sorted((folder / "data" / "videos").iterdir())[1]
     commands = [["recipe", "list"], ["recipe", "show", recipe], ["encode", recipe, "--dry-run"], ["encode", recipe]]
     commands += [["cache", verb, recipe] for verb in ("status", "plan", "gc")]
-    commands += [["cache", "explain", recipe, str(video)], ["cache", "snapshot", recipe, "--name", "part", "--where", "start = 0"]]
+    commands += [
+        ["cache", "explain", recipe, str(video)],
+        ["cache", "snapshot", recipe, "--name", "part", "--where", "start = 0"],
+    ]
     done = subprocess.run(
         [sys.executable, "-c", LIGHT, json.dumps(commands)], capture_output=True, text=True, check=False
     )
