@@ -22,6 +22,7 @@ from manifests.errors import CorruptError, LatentlineError, UsageError
 
 _SCHEMES = ("s3", "gs", "az")
 MAX_RETRIES = 10
+PIECE_BYTES = 8 << 20
 _PAGE = 1000
 _AFTER_ALL = "~"  # sorts after every character of a safe path
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_./-]+")
@@ -84,12 +85,24 @@ class Store:
         except FileNotFoundError as error:
             raise CorruptError(f"{self.url}/{path}: missing, but a manifest names it") from error
         except LatentlineError:
-            if self._size(path) >= offset + size:
+            if self.size(path) >= offset + size:
                 raise
             raise CorruptError(f"{self.url}/{path}: ends before or inside bytes {offset}+{size}") from None
         if len(data) != size:
             raise CorruptError(f"{self.url}/{path}: ends inside bytes {offset}+{size}")
         return data
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """Yield an object's bytes in order, a few MiB at a time; `FileNotFoundError` if there is none."""
+        size = self.size(path)
+        for begin in range(0, size, PIECE_BYTES):
+            yield self.read_range(path, begin, min(PIECE_BYTES, size - begin))
+
+    def size(self, path: str) -> int:
+        """Return an object's size in bytes; `FileNotFoundError` if there is none."""
+        with self._errors(path, "look at"):
+            size = obstore.head(self._store, safe_path(path))["size"]
+        return int(size)
 
     def write(self, path: str, data: bytes) -> None:
         """Put an object, replacing one of the same name."""
@@ -169,11 +182,6 @@ class Store:
         start = f"{safe_path(folder)}/{offset}" if offset else None
         for page in obstore.list(self._store, prefix=folder, offset=start, chunk_size=_PAGE):
             yield from (item["path"].rsplit("/", 1)[1] for item in page)
-
-    def _size(self, path: str) -> int:
-        with self._errors(path, "look at"):
-            size = obstore.head(self._store, safe_path(path))["size"]
-        return int(size)
 
     @contextmanager
     def _errors(self, path: str, verb: str) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Verify: every promise of a cache checked against its bytes.
 
-Reads each shard whole, once. What is found is damage, which `manifests.repair` can set aside, or a note: something
-that costs space and harms nobody.
+Reads each shard once, and holds a piece of it at a time. What is found is damage, which `manifests.repair` can set
+aside, or a note: something that costs space and harms nobody.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow as pa
 from manifests.cache import Cache
 from manifests.errors import CorruptError, LatentlineError
 from manifests.keys import context_key, fingerprint, hint_key, latents_key
-from manifests.payloads import payload_faults, tar_faults
+from manifests.payloads import shard_faults
 from manifests.sample_rows import flat_hints
 from manifests.schema import (
     COMPACTED,
@@ -38,7 +38,7 @@ from manifests.tables import read_table
 Track = Callable[[Iterable[Any], int], Iterable[Any]]
 
 READERS = 4
-"""Shards read at a time; each is held in memory."""
+"""Shards read at a time."""
 
 ENCODE = "run `latentline cache verify --repair`, then `latentline encode`"
 REPAIR = "run `latentline cache verify --repair`"
@@ -147,20 +147,20 @@ def _check_shard(cache: Cache, kind: Kind, shard_id: str) -> _Shard:
         bad(f"names the tars {', '.join(tars)}; a shard has one, of its own name")
         return _Shard(kind, shard_id, tar, 0, rows_digest(table), {}, found)
     try:
-        data = cache.store.read(tar)
+        size = cache.store.size(tar)
+        faults, tar_faults = shard_faults(cache.store.pieces(tar), size, promised, footer.get("tar"))
     except FileNotFoundError:
         bad("missing, but its manifest names it", tar)
         return _Shard(kind, shard_id, tar, 0, rows_digest(table), {}, found)
     good = {}
-    for row in promised:
-        faults = payload_faults(data, row)
-        for what in faults:
+    for row, found_here in zip(promised, faults, strict=True):
+        for what in found_here:
             bad(what, f"{tar} {row['key']}")
-        if not faults:
+        if not found_here:
             good[row["key"]] = (tar, row["offset"], row["checksum"])
-    for what in tar_faults(data, [row["key"] for row in promised], footer.get("tar")):
+    for what in tar_faults:
         bad(what, tar)
-    return _Shard(kind, shard_id, tar, len(data), rows_digest(table), good, found)
+    return _Shard(kind, shard_id, tar, size, rows_digest(table), good, found)
 
 
 def _row_faults(rows: Sequence[dict[str, Any]], kind: Kind, footer: dict[str, Any]) -> list[str]:

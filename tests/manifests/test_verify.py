@@ -1,10 +1,12 @@
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 
+from manifests import store
 from manifests.cache import Cache
 from manifests.compact import compact
 from manifests.places import Location
@@ -264,3 +266,31 @@ def test_a_repair_forgets_compacted_manifests_of_what_it_sets_aside(cache):
 def test_entries_are_read_where_a_whole_cache_says(cache):
     for row in cache.rows("context").to_pylist():
         assert read_payload(cache.store, Location(row["shard"], row["offset"], row["size"], row["checksum"]))
+
+
+@pytest.mark.parametrize("piece", [300, 512, 5000])
+def test_entries_are_checked_wherever_pieces_of_a_tar_end(cache, monkeypatch, piece):
+    monkeypatch.setattr(store, "PIECE_BYTES", piece)
+    assert verify(cache).findings == ()
+    row = first_row(cache)
+    flip_bit(cache.store.root / row["shard"], row["offset"] + row["size"] - 1)
+    faults = {finding.where: finding.what for finding in verify(cache).damaged if finding.kind}
+    assert faults[row["shard"]] == "differs from its checksum"
+    assert faults[f"{row['shard']} {row['key']}"] == f"bytes {row['offset']}+{row['size']} differ from their checksum"
+
+
+def test_a_shard_is_not_held_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PIECE_BYTES", 1 << 16)
+    cache = Cache(str(tmp_path / "cache"), create=True)
+    rows = [latents_row("a", start) for start in range(64)]
+    values = torch.arange(120, dtype=torch.float32).repeat(512).reshape(4, 2, -1, 5)
+    commit(cache, "5" * 40, rows, entries={row["key"]: Entry(row["key"], {"latents": values}, {}) for row in rows})
+    tracemalloc.start()
+    try:
+        result = verify(cache)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (result.damaged, result.entries) == ((), 64)
+    assert result.bytes > 12_000_000
+    assert peak < 4_000_000
