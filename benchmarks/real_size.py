@@ -22,8 +22,9 @@ import torch
 
 from benchmarks.real_checkpoint import build
 from infer.config import AdapterConfig
+from pipeline.encode_stage import encode_stage
 from pipeline.recipe import Recipe, validate
-from pipeline.stages import encode_stage, infer_stage, train_stage
+from pipeline.stages import infer_stage, train_stage
 
 
 def measured(rows: list[list[str]], name: str, call: Callable[[], Any], note: Callable[[Any], str]) -> Any:

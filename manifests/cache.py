@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -124,9 +125,10 @@ class Cache:
                     tables.append(read_table(data, MANIFEST, where, wanted, dictionary=dictionary)[0])
         rows = pa.concat_tables(tables)
         if "shard_id" in columns:
-            repeats = np.repeat(np.arange(len(paths)), np.array([len(table) for table in tables[1:]], np.int64))
-            ids = pa.array(shard_ids, pa.string()).take(pa.array(repeats))
-            rows = rows.append_column("shard_id", ids if "shard_id" not in dictionary else ids.dictionary_encode())
+            lengths = np.fromiter(map(len, tables[1:]), np.int64)
+            places: npt.NDArray[np.int64] = np.arange(len(paths)).repeat(lengths)
+            ids = pa.array(shard_ids, pa.string()).take(pa.array(places))
+            rows = rows.append_column("shard_id", ids.dictionary_encode() if "shard_id" in dictionary else ids)
         return rows.select(columns)
 
     def index(

@@ -72,7 +72,7 @@ def encode(
         overrides = [*(overrides or ()), f'encode.executor="{executor}"']
     index, total = _task(task)
     loaded = load_recipe(recipe, overrides or ())
-    from pipeline.stages import array_stage, encode_stage
+    from pipeline.encode_stage import array_stage, encode_stage
 
     if plan or missing:
         result = array_stage(loaded, tasks=tasks, retry_quarantined=retry_quarantined)

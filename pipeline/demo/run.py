@@ -9,9 +9,10 @@ from typing import Any
 from manifests.errors import EXIT_DONE, LatentlineError
 from pipeline.demo.checkpoint import build_tiny_checkpoint
 from pipeline.demo.videos import make_videos
+from pipeline.encode_stage import encode_stage
 from pipeline.recipe import load_recipe, resolved, to_toml
 from pipeline.report import log, quiet_libraries
-from pipeline.stages import encode_stage, infer_stage, train_stage
+from pipeline.stages import infer_stage, train_stage
 
 NUM_VIDEOS = 12
 PROMPTS = 2

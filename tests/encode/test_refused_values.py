@@ -9,7 +9,7 @@ import torch
 from manifests.cache import Cache
 from manifests.errors import LatentlineError
 from manifests.verify import verify
-from pipeline.stages import encode_stage
+from pipeline.encode_stage import encode_stage
 from tests.pipeline.recipes import make_recipe
 
 

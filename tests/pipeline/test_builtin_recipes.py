@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from infer.video import read_frames
+from pipeline.encode_stage import encode_stage
 from pipeline.recipe import builtin_recipes, load_recipe, resolved, validate
-from pipeline.stages import encode_stage, infer_stage, train_stage
+from pipeline.stages import infer_stage, train_stage
 
 PROMPT = "A red circle slides from left to right."
 

@@ -94,8 +94,8 @@ def place(tmp_path: Path, tiny_checkpoint: Path, demo_dataset: Path) -> Place:
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, demo_dataset: Path) -> Place:
     """A place where `encode` has run. Read-only: give `train.output` and the like elsewhere."""
+    from pipeline.encode_stage import encode_stage
     from pipeline.recipe import load_recipe
-    from pipeline.stages import encode_stage
 
     root = tmp_path_factory.mktemp("encoded")
     place = Place(root, recipe_values(root, tiny_checkpoint, demo_dataset))

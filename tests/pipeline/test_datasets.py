@@ -10,9 +10,10 @@ import pytest
 
 from manifests.errors import UsageError
 from pipeline.cache_commands import cache_explain
+from pipeline.encode_stage import encode_stage
 from pipeline.preview import cache_preview
 from pipeline.recipe import Recipe, load_recipe, validate
-from pipeline.stages import encode_stage, train_stage
+from pipeline.stages import train_stage
 from tests.encode.layouts import write_files, write_tar
 from tests.encode.video_files import write_video
 from tests.pipeline.recipes import recipe_values, write_recipe

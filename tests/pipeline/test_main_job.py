@@ -24,8 +24,9 @@ from infer.loading import NoGuardrail
 from infer.video import read_frames
 from manifests.cache import Cache
 from manifests.errors import UsageError
+from pipeline.encode_stage import encode_stage
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.stages import encode_stage, infer_stage, train_stage
+from pipeline.stages import infer_stage, train_stage
 from tests.pipeline.recipes import make_recipe
 
 PROMPT = "A red circle slides from left to right."

@@ -16,9 +16,9 @@ from encode.extract import load_extractor, palette
 from encode.probe import probe
 from infer.video import read_frames
 from manifests.errors import UsageError
+from pipeline.encode_stage import encode_stage
 from pipeline.make_hints import make_stage
 from pipeline.recipe import Recipe, validate
-from pipeline.stages import encode_stage
 from tests.encode.extractors import tiny_depth, tiny_segments
 from tests.pipeline.recipes import recipe_values
 

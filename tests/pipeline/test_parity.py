@@ -21,8 +21,9 @@ from manifests.cache import Cache
 from manifests.order import Order
 from manifests.shards import read_tensors
 from manifests.snapshot import Snapshot, load_snapshot
+from pipeline.encode_stage import encode_stage
 from pipeline.recipe import Recipe
-from pipeline.stages import encode_stage, train_stage
+from pipeline.stages import train_stage
 from tests.pipeline.recipes import make_recipe
 from train import cosmos25
 from train.adapters import adapter_parameters, add_adapter

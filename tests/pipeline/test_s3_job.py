@@ -10,8 +10,9 @@ from manifests.cache import Cache
 from manifests.errors import LatentlineError
 from manifests.snapshot import load_snapshot
 from manifests.verify import verify
+from pipeline.encode_stage import encode_stage
 from pipeline.recipe import Recipe, validate
-from pipeline.stages import encode_stage, train_stage
+from pipeline.stages import train_stage
 from tests.manifests.s3 import BUCKET, environment, faulty_proxy, in_environment, moto_server
 from tests.pipeline.recipes import recipe_values
 

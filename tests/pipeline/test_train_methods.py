@@ -20,9 +20,10 @@ from manifests.errors import UsageError
 from manifests.snapshot import Snapshot, load_snapshot
 from manifests.store import Store
 from manifests.subset import hold_out
+from pipeline.encode_stage import encode_stage
 from pipeline.overfit import PASSING_SHARE, chart_lines, few_samples, has_learnt, overfit_stage
 from pipeline.recipe import Recipe, validate
-from pipeline.stages import encode_stage, infer_stage, train_stage
+from pipeline.stages import infer_stage, train_stage
 from tests import jobs
 from tests.pipeline.recipes import recipe_values, write_recipe
 from train.metrics import read_metrics

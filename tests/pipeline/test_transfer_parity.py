@@ -35,9 +35,10 @@ from manifests.schema import SNAPSHOT
 from manifests.shards import read_tensors
 from manifests.snapshot import Snapshot, load_snapshot
 from pipeline.cache_commands import cache_explain, cache_status
+from pipeline.encode_stage import encode_stage
 from pipeline.preview import cache_preview
 from pipeline.recipe import Recipe, resolved, validate
-from pipeline.stages import encode_stage, infer_stage, train_stage
+from pipeline.stages import infer_stage, train_stage
 from tests.pipeline.recipes import recipe_values, write_recipe
 from tests.train.caches import distance
 from train import cosmos_transfer25 as family
