@@ -54,9 +54,18 @@ def parse_location(text: str | VideoFile) -> VideoFile:
     return TarMember(Path(match["tar"]), unquote(match["name"]), int(match["offset"]), int(match["size"]))
 
 
-def state_of(video: VideoFile) -> FileState:
-    """Resolve a video's path and look at its file; `OSError` if that cannot be."""
-    path = os.path.realpath(file_of(video))
+def state_of(video: VideoFile, folders: dict[str, str] | None = None) -> FileState:
+    """Resolve a video's path and look at its file; `OSError` if that cannot be.
+
+    folders: resolved ones, by path, which a caller with many videos keeps: resolving takes a look at every parent.
+    """
+    folder, name = os.path.split(file_of(video))
+    folders = {} if folders is None else folders
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    path = os.path.join(folders[folder], name)
+    if os.path.islink(path):
+        path = os.path.realpath(path)
     status = os.stat(path)
     if isinstance(video, TarMember):
         resolved = TarMember(Path(path), video.name, video.offset, video.size)

@@ -245,8 +245,9 @@ def _look_at_all(
     """Facts of each video, in order. What is not known by location, size and time is read a few videos ahead, and
     added to the memory."""
     waiting: deque[SourceFacts | Future[SourceFacts]] = deque()
+    folders: dict[str, str] = {}
     for video in videos:
-        state = _state(video)
+        state = _state(video, folders)
         known = memory.get(state.location, state.size, state.modified_ns)
         if known is None or (known.error and retry_failed):
             waiting.append(
@@ -267,9 +268,9 @@ def _settled(facts: SourceFacts | Future[SourceFacts], memory: SourceMemory) -> 
     return facts
 
 
-def _state(video: VideoFile) -> FileState:
+def _state(video: VideoFile, folders: dict[str, str]) -> FileState:
     try:
-        return state_of(video)
+        return state_of(video, folders)
     except OSError as error:
         raise UsageError(f"{video}: cannot read this video: {error.strerror or error}") from error
 

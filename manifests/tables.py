@@ -58,13 +58,15 @@ def read_table(
         file = pq.ParquetFile(source, page_checksum_verification=True, read_dictionary=list(dictionary))
         found = file.schema_arrow
         footer = (found.metadata or {}).get(_FOOTER)
-        schema = pa.schema([field.with_type(TEXT) if field.name in dictionary else field for field in schema])
+        if dictionary:
+            schema = pa.schema([field.with_type(TEXT) if field.name in dictionary else field for field in schema])
         wrong = [] if found.remove_metadata().equals(schema) else _wrong(found, schema)
         if not wrong and footer is not None:
-            there = [name for name in columns if name in found.names]
+            known = set(found.names)
+            there = [name for name in columns if name in known]
             table = file.read(columns=there, use_threads=False).select(there).replace_schema_metadata(None)
             for place, name in enumerate(columns):
-                if name not in there:
+                if name not in known:
                     table = table.add_column(place, schema.field(name), pa.nulls(len(table), schema.field(name).type))
             return table, json.loads(footer)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -76,8 +78,9 @@ def read_table(
 
 def _wrong(found: pa.Schema, schema: pa.Schema) -> list[str]:
     """Names of the columns that are missing or of another type; others may be there too."""
+    known = {field.name: field for field in found}
     return [
         field.name
         for field in schema
-        if (found.field(field.name) != field if field.name in found.names else field.name not in OPTIONAL)
+        if (known[field.name] != field if field.name in known else field.name not in OPTIONAL)
     ]

@@ -135,3 +135,15 @@ def test_a_picture_with_a_videos_name_stays_no_video(tmp_path: Path) -> None:
     (tmp_path / "x.png").rename(tmp_path / "x.mp4")
     with pytest.raises(DecodeError, match="not a readable video"):
         probe(tmp_path / "x.mp4")
+
+
+def test_a_video_is_known_by_its_resolved_path_however_it_is_reached(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.mp4").write_bytes(b"a")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "link" / "a.mp4")
+    monkeypatch.chdir(tmp_path / "link")
+    folders: dict[str, str] = {}
+    ways = [Path("a.mp4"), tmp_path / "real/a.mp4", tmp_path / "link/a.mp4", tmp_path / "b.mp4", Path("../link/a.mp4")]
+    assert {state_of(path) for path in ways} == {state_of(path, folders) for path in [*ways, *ways]}
+    assert {state_of(path).location for path in ways} == {str((tmp_path / "real/a.mp4").resolve())}
