@@ -116,17 +116,20 @@ class Cache:
         wanted = [name for name in columns if name != "shard_id"] or ["key"]
         paths = [manifest_path(kind, shard_id) for shard_id in shard_ids]
         tables = [_schema(wanted, dictionary).empty_table()]
+        lengths: list[int] = []
         # Threads fetch and do not parse: small files parse faster one by one than in turns.
         with ThreadPoolExecutor(_READERS) as readers:
             for begin in range(0, len(paths), _FETCHED):
                 piece = paths[begin : begin + _FETCHED]
-                for path, data in zip(piece, readers.map(self.store.read, piece), strict=True):
-                    where = f"{self.url}/{path}"
-                    tables.append(read_table(data, MANIFEST, where, wanted, dictionary=dictionary)[0])
+                found = [
+                    read_table(data, MANIFEST, f"{self.url}/{path}", wanted, dictionary=dictionary)[0]
+                    for path, data in zip(piece, readers.map(self.store.read, piece), strict=True)
+                ]
+                lengths += map(len, found)
+                tables.append(pa.concat_tables(found).combine_chunks())
         rows = pa.concat_tables(tables)
         if "shard_id" in columns:
-            lengths = np.fromiter(map(len, tables[1:]), np.int64)
-            places: npt.NDArray[np.int64] = np.arange(len(paths)).repeat(lengths)
+            places: npt.NDArray[np.int64] = np.arange(len(paths)).repeat(np.array(lengths, np.int64))
             ids = pa.array(shard_ids, pa.string()).take(pa.array(places))
             rows = rows.append_column("shard_id", ids.dictionary_encode() if "shard_id" in dictionary else ids)
         return rows.select(columns)
