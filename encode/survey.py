@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,13 +21,14 @@ from encode.filters import failing, filtered_sources
 from encode.naming import Clip, Names, clip_of
 from encode.pool import DecodePool
 from encode.probe import DecodeError
-from encode.sources import SourceItem, with_hint_videos
+from encode.sources import Problems, SourceItem, with_hint_files
 from manifests import keys
 from manifests.cache import Cache
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
 from manifests.family import find_family
 from manifests.hints import GIVEN
+from manifests.image_context import IMAGE, SUFFIXES, fault_of_file, wanted_shape
 from manifests.snapshot import check_name
 from manifests.sources import SourceFacts, SourceMemory
 
@@ -91,6 +93,8 @@ def check(model: ModelConfig, data: DataConfig, config: EncodeConfig) -> Request
     parts = {"latents": family.latents_parts(model, config), "context": family.context_parts(model, config)}
     if config.hints.kinds:
         parts["hint"] = family.hint_parts(model, config)
+    elif config.hints.image_context == "given":
+        raise UsageError('encode.hints.image_context = "given" goes with hints; name some in encode.hints.kinds')
     return Request(model, data, config, found.items, filters, found.left_out, parts)
 
 
@@ -155,8 +159,13 @@ def survey(
                 memory.add(facts)
                 known[video] = facts
             items = _kept(request, known, left_out)
-            if given := [kind for kind in config.hints.kinds if kind in GIVEN]:
-                items = with_hint_videos(request.data, items, given)
+            given: list[str] = [kind for kind in config.hints.kinds if kind in GIVEN]
+            if config.hints.image_context == "given":
+                given.append(IMAGE)
+            if given:
+                items = with_hint_files(request.data, items, given)
+                if IMAGE in given:
+                    _check_image_contexts(items, wanted_shape(request.model))
                 videos = list(dict.fromkeys(video for item in items for video in item.hints.values()))
                 for video, facts in zip(videos, track(_look_at_all(videos, **found), len(videos)), strict=True):
                     memory.add(facts)
@@ -187,6 +196,15 @@ def survey(
         num_windows=names.num_windows,
         left_out={name: dict(+counts) for name, counts in left_out.items() if counts.total()},
     )
+
+
+def _check_image_contexts(items: Iterable[SourceItem], shape: tuple[int, int]) -> None:
+    """Raise UsageError for files that hold no image context of this shape."""
+    problems = Problems("encode.hints.image_context")
+    for path in dict.fromkeys(item.hints[IMAGE] for item in items):
+        if fault := fault_of_file(path, shape):
+            problems.add("files that are no image context", f"{path} ({fault})")
+    problems.raise_any()
 
 
 def _until_full(
@@ -275,9 +293,11 @@ def _state(video: VideoFile) -> FileState:
 
 
 def _read(video: VideoFile, facts: SourceFacts, decoders: DecodePool) -> SourceFacts:
-    """Hash and probe a video."""
+    """Hash and probe a video; hash an image context."""
     try:
         facts = replace(facts, source_hash=digest_of(video))
+        if isinstance(video, Path) and video.suffix.lower() in SUFFIXES:
+            return facts  # an image context
         info = decoders.probe(parse_location(facts.location)).result()
     except OSError as error:
         raise UsageError(f"{video}: cannot read this video: {error.strerror or error}") from error

@@ -23,6 +23,7 @@ import torch
 
 from encode.config import EncodeConfig
 from encode.decode import DecodeJob
+from encode.files import file_of, parse_location
 from encode.pool import DecodePool, DecoderLost
 from encode.probe import DecodeError
 from encode.window_jobs import decode_job
@@ -30,6 +31,7 @@ from manifests.commit import commit_shard
 from manifests.config import ModelConfig
 from manifests.errors import CorruptError, LatentlineError
 from manifests.family import find_family
+from manifests.image_context import IMAGE, read_image_context
 from manifests.plan import ShardTask
 from manifests.schema import Kind, manifest_path
 from manifests.shards import Entry
@@ -163,6 +165,8 @@ class ShardWorker:
         pool, check = self._pool, work.oversight.check
         waited = pool.wait_seconds
         rows = [row for row in rows if row["key"] not in work.errors]
+        self._read_image_contexts([row for row in rows if row.get("hint") == IMAGE], work)
+        rows = _windows(rows)
         with contextlib.closing(self._decode(pool, rows, check)) as decoded:
             # While the first windows are decoded.
             encoder = self._load("VideoEncoder" if kind == "latents" else "HintEncoder")
@@ -175,15 +179,23 @@ class ShardWorker:
                     continue
                 with work.encoding(row["key"]):
                     latents_CTHW = encoder.encode(frames)
-                facts = {name: row[name] for name in _LATENTS_FACTS}
-                if kind == "hint":
-                    facts |= {"hint": row["hint"], "parameters": json.loads(row["parameters"])}
-                work.entries[row["key"]] = Entry(row["key"], {kind: latents_CTHW}, facts)
+                work.entries[row["key"]] = Entry(row["key"], {kind: latents_CTHW}, _facts(row))
         work.wait_seconds = pool.wait_seconds - waited
         expected, self._expected = self._expected, None
         if expected is not None and expected.kind != "context":
-            following = [row for row in expected.rows if not row["error"]]
+            following = _windows([row for row in expected.rows if not row["error"]])
             self._ahead = [row["key"] for row in following], pool.imap(self._jobs(following), check=check)
+
+    def _read_image_contexts(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
+        """Given embeddings become entries as they are, in `encode.dtype`."""
+        for row in rows:
+            try:
+                values_MW = read_image_context(file_of(parse_location(row["source"])))
+            except LatentlineError as error:
+                work.errors[row["key"]] = str(error)
+                continue
+            dtype = getattr(torch, self._config.dtype)
+            work.entries[row["key"]] = Entry(row["key"], {"hint": values_MW.to(dtype)}, _facts(row))
 
     def _decode(self, pool: DecodePool, rows: Sequence[dict[str, Any]], check: Callable[[], None]) -> Decoded:
         """Frames of rows, in order; goes on with what was begun ahead if it was for these rows."""
@@ -293,6 +305,18 @@ def _batches(captions: list[dict[str, Any]], size: int, work: _Work) -> Iterator
 
 def _name(row: Mapping[str, Any]) -> str:
     return row["source"] or f"caption {row['caption']!r}"
+
+
+def _windows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are made of a video."""
+    return [row for row in rows if row.get("hint") != IMAGE]
+
+
+def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {name: row[name] for name in _LATENTS_FACTS}
+    if row.get("hint"):
+        facts |= {"hint": row["hint"], "parameters": json.loads(row["parameters"])}
+    return facts
 
 
 _LATENTS_FACTS = ("source", "source_hash", "clip_start", "clip_end", "start", "num_frames", "fps", "height", "width")

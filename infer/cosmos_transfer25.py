@@ -31,6 +31,7 @@ from manifests.config import ModelConfig
 from manifests.errors import UsageError
 from manifests.fingerprint import component_folder
 from manifests.hints import is_blank, read_kinds
+from manifests.image_context import fault_of_file, read_image_context, wanted_shape
 from train.activation import set_levels
 from train.cosmos_transfer25 import drop_projections, load_controlnet
 from train.transfer_dit import Control, add_controlnet, attach_controlnet
@@ -80,6 +81,9 @@ def check_controls(model: ModelConfig, config: InferConfig, requests: Sequence[R
         said = [kinds for folder in folders if (kinds := read_kinds(folder)) is not None]
         known = set(said[-1]) if said else set()
     for request in requests:
+        path = request.image_context
+        if path is not None and (fault := fault_of_file(path, wanted_shape(model))):
+            raise UsageError(f"{request.name}: image_context {path} is {fault}")
         kinds = [control.kind for control in request.controls]
         strangers = [kind for kind in kinds if known and kind not in known]
         if strangers:
@@ -143,10 +147,13 @@ def add_controlnets(pipe: Any, model: ModelConfig, nets: Mapping[str, Controlnet
             raise UsageError(f"infer.controlnets.{kind}: {given.path} was trained for {', '.join(kinds)}")
         if own is not None and not _equal(own, net.crossattn_proj):
             raise UsageError(
-                f"infer.controlnets.{kind}: {given.path} has another text projection than model.controlnet; use "
-                "controlnets of one model"
+                f"infer.controlnets.{kind}: {given.path} has another text projection than model.controlnet "
+                f"{model.controlnet or model.path}, and a prompt is projected once; use controlnets of one base"
             )
-        add_controlnet(transformer, kind, net.to(device).eval().requires_grad_(False))
+        try:
+            add_controlnet(transformer, kind, net.to(device).eval().requires_grad_(False))
+        except ValueError as error:
+            raise UsageError(f"infer.controlnets.{kind}: {given.path}: {error}") from error
         _compile(list(net.control_blocks), device)
 
 
@@ -234,8 +241,13 @@ def generate_frames(
             on_sigma=on_sigma,
             previous_THWC=previous_THWC,
             team=team,
+            image_context=_image_context(request),
         )
     return None if frames is None else frames[: request.num_frames]
+
+
+def _image_context(request: Request) -> Tensor | None:
+    return None if request.image_context is None else read_image_context(request.image_context).unsqueeze(0)
 
 
 def _hint_latents(pipe: Any, frames_THWC: Frames) -> Tensor:
@@ -280,11 +292,14 @@ def preview(
     *,
     hint: Tensor,
     padding: Sequence[int] | None,
+    image_context: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Frames, Frames]:
     """(a sample's own video, one made from its text and hint); settings: as `infer.cosmos25.preview`.
 
     hint: of the sample, normalised [C, T, H, W]. padding: not masked here; the made video fills its frame.
+    image_context: of the sample, [M, C].
     """
     with transformer.controlled_by([Control(hint.unsqueeze(0).to(pipe.vae.device))]):
-        return cosmos25.preview(pipe, transformer, contexts, latents_CTHW, **settings)
+        given = None if image_context is None else image_context.unsqueeze(0)
+        return cosmos25.preview(pipe, transformer, contexts, latents_CTHW, image_context=given, **settings)

@@ -135,7 +135,7 @@ def _facts(request: Request) -> dict[str, Any]:
     facts = asdict(request) | {
         name: path and file_digest(path) for name, path in (("image", request.image), ("video", request.video))
     }
-    for name in ("name", "ground_truth", "controls", "source", "first_frame"):
+    for name in ("name", "ground_truth", "controls", "source", "image_context", "first_frame"):
         del facts[name]
     if request.controls:
         files = ("path", "mask")
@@ -144,4 +144,6 @@ def _facts(request: Request) -> dict[str, Any]:
             for control in request.controls
         ]
         facts["source"] = request.source and file_digest(request.source)
+    if request.image_context:
+        facts["image_context"] = file_digest(request.image_context)
     return facts

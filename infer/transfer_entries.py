@@ -3,6 +3,7 @@
     {"name": "arm", "prompt": "...", "video_path": "arm.mp4", "edge": {"control_weight": 0.7, "preset_edge_threshold":
      "low"}, "depth": {"control_path": "depth/arm.mp4", "control_weight": 0.3, "mask_path": "mask.mp4"}}
 
+`image_context` is no key of NVIDIA's, whose code embeds an image: it names a file that holds the embedding.
 Unknown keys are errors. Paths are relative to the file.
 """
 
@@ -19,6 +20,7 @@ from infer.entries import VIDEO_SUFFIXES, check_name, existing, prompt_of, valid
 from infer.request import Control, Request
 from manifests.errors import UsageError
 from manifests.hints import COMPUTED, GIVEN, HintKind, Preset
+from manifests.image_context import SUFFIXES
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -49,6 +51,7 @@ class TransferEntry(BaseModel):
     """One object of NVIDIA's inference JSON for Transfer.
 
     num_conditional_frames: of the frames so far, that each further chunk begins with. max_frames: the most to make.
+    image_context: a file with the embedding of a reference image, as `manifests.image_context` has it.
     """
 
     model_config = _STRICT
@@ -62,6 +65,7 @@ class TransferEntry(BaseModel):
     vis: Vis | None = None
     depth: Hint | None = None
     seg: Hint | None = None
+    image_context: str | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     num_steps: int | None = Field(default=None, ge=1)
@@ -95,6 +99,8 @@ def parse_entry(where: str, folder: Path, raw: dict[str, Any], default: Request)
     }
     if entry.ground_truth is not None:
         given["ground_truth"] = existing(where, "ground_truth", folder / entry.ground_truth)
+    if entry.image_context is not None:
+        given["image_context"] = _image_context(where, folder, entry)
     if entry.resolution is not None:
         given["height"], given["width"] = (int(side) for side in entry.resolution.split(","))
     first = source or controls[0].path
@@ -123,6 +129,15 @@ def _control(where: str, folder: Path, kind: HintKind, hint: Hint, source: Path 
     preset: Preset = getattr(hint, presets[kind]) if kind in presets else "medium"
     mask = _video(where, f"{kind}.mask_path", folder, hint.mask_path)
     return Control(kind=kind, path=path, weight=hint.control_weight, mask=mask, preset=preset)
+
+
+def _image_context(where: str, folder: Path, entry: TransferEntry) -> Path:
+    path = existing(where, "image_context", folder / str(entry.image_context))
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{where}: image_context {path} is no embedding; known suffixes: {' '.join(SUFFIXES)}")
+    if entry.vis is not None:
+        raise UsageError(f"{where}: vis and image_context both say how the video looks; give one of them")
+    return path
 
 
 def _video(where: str, key: str, folder: Path, path: str | None) -> Path | None:

@@ -19,6 +19,7 @@ from manifests.cache import Cache
 from manifests.errors import StaleCacheError
 from manifests.family import find_family
 from manifests.hints import kind_of
+from manifests.image_context import IMAGE
 from manifests.shards import Location, read_tensors
 from manifests.snapshot import Snapshot, load_snapshot
 from pipeline.recipe import Recipe, validate
@@ -83,7 +84,7 @@ def cache_preview(url: str, recipe: Recipe | None, *, snapshot: str, count: int,
 def _one_a_kind(hints: Mapping[str, Location]) -> dict[str, Location]:
     """The first variant of each kind of hint."""
     first: dict[str, str] = {}
-    for name in hints:
+    for name in sorted(hints.keys() - {IMAGE}):
         first.setdefault(kind_of(name), name)
     return {name: hints[name] for name in first.values()}
 

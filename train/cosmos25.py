@@ -268,9 +268,9 @@ def loss(transformer: torch.nn.Module, batch: Mapping[str, torch.Tensor], object
     batch: `example`s stacked: latents and noise [B, C, T, H, W], context [B, L, D], sigma and
     num_conditioning [B]. With x_t = sigma eps + (1 - sigma) x_0 the target is eps - x_0. Conditioning frames
     enter clean, at the timestep `objective.conditioning_timestep` (sigma if that is negative); their error
-    is zero but they stay in the mean, which is over all of a sample's latents. `hint` and `padding_mask` [B, 1, H, W]
-    are handed on where a batch has them. Frames, masks and timesteps
-    are passed as in diffusers' `Cosmos2_5_PredictBasePipeline.__call__`.
+    is zero but they stay in the mean, which is over all of a sample's latents. `hint`, `image_context` and
+    `padding_mask` [B, 1, H, W] are handed on where a batch has them. Frames, masks and timesteps are passed as in
+    diffusers' `Cosmos2_5_PredictBasePipeline.__call__`.
     """
     latents_BCTHW, noise_BCTHW = batch["latents"], batch["noise"]
     num_samples, _, latent_frames, height, width = latents_BCTHW.shape
@@ -290,7 +290,7 @@ def loss(transformer: torch.nn.Module, batch: Mapping[str, torch.Tensor], object
         condition_mask=clean_B1T11.float().expand(num_samples, 1, latent_frames, height, width),
         padding_mask=batch.get("padding_mask", latents_BCTHW.new_zeros(1, 1, height, width)),
         return_dict=False,
-        **({"hint": batch["hint"]} if "hint" in batch else {}),
+        **{name: batch[name] for name in ("hint", "image_context") if name in batch},
     )[0]
     error_BCTHW = torch.where(clean_B1T11, 0.0, prediction_BCTHW.float() - target_BCTHW)
     return error_BCTHW.square().flatten(1).mean(1)

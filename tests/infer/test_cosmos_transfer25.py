@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, Cosmos2_5_TransferPipeline
 from PIL import Image
+from safetensors.torch import save_file
 
 from infer import cosmos_transfer25 as family
 from infer.chunks import split_request
@@ -76,11 +77,16 @@ def _requests(tmp_path: Path, config: InferConfig, *entries: dict[str, Any]) -> 
     return read_requests(str(path), config, family.parse_entry)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_video_is_what_diffusers_transfer_pipeline_makes(exact: Path, video: Path, guidance: float) -> None:
+@pytest.mark.parametrize(("guidance", "with_image"), [(1.0, False), (3.0, False), (3.0, True)])
+def test_a_video_is_what_diffusers_transfer_pipeline_makes(
+    exact: Path, video: Path, tmp_path: Path, guidance: float, with_image: bool
+) -> None:
+    image = np.random.default_rng(0).normal(scale=4, size=(4, 24)).astype(np.float32)
+    np.save(tmp_path / "image.npy", image)
     request = Request(
         name="a", prompt="a square", seed=3, guidance=guidance, num_steps=3, num_frames=9, height=32, width=48,
         controls=(RequestedControl(kind="edge"),), source=video,
+        image_context=tmp_path / "image.npy" if with_image else None,
     )  # fmt: skip
     pipe = family.load_pipeline(_model(exact), dtype=torch.float32, device=CPU, guardrail=False)
     context, negative = (family.encode_prompt(pipe, text) for text in ("a square", "blurred"))
@@ -90,6 +96,8 @@ def test_a_video_is_what_diffusers_transfer_pipeline_makes(exact: Path, video: P
     )
     stock = Cosmos2_5_TransferPipeline.from_pretrained(str(exact), safety_checker=PassAll())
     stock.set_progress_bar_config(disable=True)
+    if with_image:
+        _show_image(stock, torch.from_numpy(image))
     hints = hint_frames(request, request.controls[0], 0, 9)
     expected = stock(
         controls=[Image.fromarray(frame) for frame in hints], prompt="a square", negative_prompt="blurred",
@@ -102,6 +110,35 @@ def test_a_video_is_what_diffusers_transfer_pipeline_makes(exact: Path, video: P
     difference = np.abs(made.astype(int) - np.rint(expected * 255).astype(int))
     assert difference.max() <= 1
     assert np.unique(made).size > 20
+
+
+def _show_image(stock: Cosmos2_5_TransferPipeline, image_MC: torch.Tensor) -> None:
+    """Give diffusers' pipeline an image context where it has zeros; NVIDIA's negative prompt goes without."""
+    negative_BLD = stock.encode_prompt("blurred", do_classifier_free_guidance=False)[0]
+
+    def show(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        text, zeros = kwargs["encoder_hidden_states"]
+        image = zeros if torch.equal(text, negative_BLD) else image_MC.unsqueeze(0)
+        return args, kwargs | {"encoder_hidden_states": (text, image)}
+
+    for model in (stock.transformer, stock.controlnet):
+        model.register_forward_pre_hook(show, with_kwargs=True)
+
+
+def test_an_image_context_changes_the_video_and_its_fingerprint(
+    tiny_transfer: Path, video: Path, tmp_path: Path
+) -> None:
+    config = _config(tmp_path / "out")
+    rng = np.random.default_rng(0)
+    entry = {"video_path": str(video), "edge": {}, "max_frames": 5}
+    made = []
+    for given in ({}, {"image_context": "image.npy"}, {"image_context": "image.npy"}):
+        np.save(tmp_path / "image.npy", rng.normal(scale=4, size=(4, 24)).astype(np.float16))
+        [result] = generate(_model(tiny_transfer), config, _requests(tmp_path, config, entry | given), guardrail=False)
+        assert result.status == "made", result.error
+        made.append(read_frames(tmp_path / "out" / "a.mp4").astype(int))
+    assert np.abs(made[0] - made[1]).max() > 2
+    assert np.abs(made[1] - made[2]).max() > 2
 
 
 def test_edges_are_those_of_the_preset_at_the_size_that_is_made(video: Path, tmp_path: Path) -> None:
@@ -208,6 +245,19 @@ REFUSED = [
     ({**VIDEO, "edge": {}, "num_conditional_frames": 2}, "chunk_overlap = 2; it is 1 or 5"),
     ({**VIDEO, "edge": {}, "resolution": "30,48"}, "height = 30 is not divisible by 16"),
     ({**VIDEO, "edge": {}, "name": "a/b"}, "becomes a file name"),
+    (
+        {**VIDEO, "edge": {}, "image_context_path": "in.png"},
+        "unknown key 'image_context_path'; did you mean image_context",
+    ),
+    ({**VIDEO, "edge": {}, "image_context": "in.txt"}, "in.txt is no embedding; known suffixes: .npy .safetensors"),
+    ({**VIDEO, "vis": {}, "image_context": "in.npy"}, "vis and image_context both say how the video looks"),
+    ({**VIDEO, "edge": {}, "image_context": "in.npy"}, "in.npy is of shape [3, 24], the model takes [4, 24]"),
+    ({**VIDEO, "edge": {}, "image_context": "torn.npy"}, "torn.npy is unreadable: "),
+    (
+        {**VIDEO, "edge": {}, "image_context": "two.safetensors"},
+        "two.safetensors is unreadable: holds 2 tensors, not one",
+    ),
+    ({**VIDEO, "edge": {}, "image_context": "whole.npy"}, "whole.npy is unreadable: holds int64"),
 ]
 
 
@@ -219,9 +269,13 @@ def test_a_wrong_entry_is_one_line_that_names_it(
     (tmp_path / "in.txt").write_text("no video")
     write_mp4(tmp_path / "short.mp4", np.zeros((5, 16, 16, 3), np.uint8), 12.0)
     write_mp4(tmp_path / "slow.mp4", np.zeros((17, 16, 16, 3), np.uint8), 6.0)
+    np.save(tmp_path / "in.npy", np.zeros((3, 24), np.float32))
+    np.save(tmp_path / "whole.npy", np.zeros((4, 24), np.int64))
+    (tmp_path / "torn.npy").write_bytes((tmp_path / "in.npy").read_bytes()[:20])
+    save_file({"a": torch.zeros(4, 24), "b": torch.zeros(4, 24)}, tmp_path / "two.safetensors")
     config = _config(tmp_path / "out")
     with pytest.raises(UsageError) as error:
-        check_requests(_model(tiny_transfer), _requests(tmp_path, config, entry))
+        generate(_model(tiny_transfer), config, _requests(tmp_path, config, entry), guardrail=False)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

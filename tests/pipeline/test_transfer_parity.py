@@ -30,6 +30,7 @@ from manifests.cache import Cache
 from manifests.config import ModelConfig
 from manifests.errors import StaleCacheError, UsageError
 from manifests.hints import kind_of, make_hint, read_kinds
+from manifests.image_context import IMAGE
 from manifests.order import Order
 from manifests.schema import SNAPSHOT
 from manifests.shards import read_tensors
@@ -123,6 +124,11 @@ class Online:
         target = noise - x0
         timestep = indicator * objective.conditioning_timestep + (1 - indicator) * sigma
         image = torch.zeros(1, self.base.config.img_context_num_tokens, self.base.config.img_context_dim_in)
+        if IMAGE in sample.hints:  # dropped text leaves it
+            [given] = Path(self.recipe.data.datasets["shapes"].hints_path or "").glob(
+                f"*/{Path(row['source']).stem}.npy"
+            )
+            image = torch.from_numpy(np.load(given))[None]
         shared = {
             "timestep": timestep, "encoder_hidden_states": (text, image), "condition_mask": mask,
             "padding_mask": self.padding_mask(row), "return_dict": False,
@@ -163,6 +169,30 @@ def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_transfer: Path, demo_
     return recipe
 
 
+@pytest.fixture(scope="module")
+def with_images(encoded: Recipe, tmp_path_factory: pytest.TempPathFactory, demo_dataset: Path) -> Recipe:
+    """The same, with an image context of each video."""
+    folder = tmp_path_factory.mktemp("images")
+    shutil.copytree(encoded.encode.cache, folder / "cache")
+    (folder / IMAGE).mkdir()
+    rng = np.random.default_rng(0)
+    for video in (demo_dataset / "videos").glob("*.mp4"):
+        np.save(folder / IMAGE / f"{video.stem}.npy", rng.normal(scale=4, size=(4, 24)).astype(np.float32))
+    dataset = replace(encoded.data.datasets["shapes"], hints_path=str(folder))
+    recipe = replace(
+        encoded,
+        data=replace(encoded.data, datasets={"shapes": dataset}),
+        encode=replace(
+            encoded.encode, cache=str(folder / "cache"), hints=replace(encoded.encode.hints, image_context="given")
+        ),
+        train=replace(encoded.train, output=str(folder / "run")),
+    )
+    result, code = encode_stage(recipe)
+    assert code == 0
+    assert result["encoded"]["hint"] == 4
+    return recipe
+
+
 def _losses(folder: Path) -> list[float]:
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [record["loss"] for record in records if "loss" in record]
@@ -183,8 +213,16 @@ def test_losses_of_control_training_equal_online_training(encoded: Recipe) -> No
     assert kinds == {"edge", "vis"}, "both hints are drawn"
 
 
-def test_ranks_that_share_samples_and_weights_train_as_one(encoded: Recipe, tmp_path: Path) -> None:
+def test_losses_with_image_contexts_equal_online_training(with_images: Recipe) -> None:
+    train_stage(with_images)
+    found = _losses(Path(with_images.train.output))
+    online = Online(with_images, load_snapshot(Cache(with_images.encode.cache).store, "train"))
+    assert found == pytest.approx([online.step(step) for step in range(STEPS)], rel=RELATIVE)
+
+
+def test_ranks_that_share_samples_and_weights_train_as_one(with_images: Recipe, tmp_path: Path) -> None:
     """3 ranks: 27 tokens a sample divided by them, and FSDP's weights of base and control branch split over them."""
+    encoded = with_images
     steps = {"steps": 3, "checkpoint_every": 3}
     alone = replace(encoded, train=replace(encoded.train, output=str(tmp_path / "alone"), **steps))
     train_stage(alone)
@@ -316,6 +354,24 @@ def test_hints_are_previewed_and_explained(encoded: Recipe, tmp_path: Path) -> N
     assert {change["field"] for entry in hints for change in entry["changes"]} == {"parameters"}
     status = cache_status(encoded.encode.cache)
     assert status["entries"]["hint"]["entries"] == 32
+
+
+def test_an_image_context_is_explained_and_not_previewed(with_images: Recipe, tmp_path: Path) -> None:
+    shown = cache_preview(with_images.encode.cache, None, snapshot="train", count=1, output=tmp_path / "preview")
+    assert {path.name.split(".")[-2] for path in (tmp_path / "preview").glob("*.*.mp4")} == {"edge", "vis"}
+    explained = cache_explain(with_images, shown["videos"][0]["source"], as_json=True)
+    assert [entry["status"] for entry in explained["entries"] if entry["what"] == "image context"] == ["cached"]
+
+
+def test_sample_videos_are_shown_the_image_context(with_images: Recipe, encoded: Recipe, tmp_path: Path) -> None:
+    made = {}
+    for name, recipe in (("with", with_images), ("without", encoded)):
+        samples = SamplesConfig(every=1, count=1, num_steps=2, guidance=3.0)
+        config = replace(recipe.train, output=str(tmp_path / name), steps=1, samples=samples)
+        train_stage(replace(recipe, train=replace(config, optimizer=replace(config.optimizer, lr=1e-12))))
+        [video] = (tmp_path / name / "samples" / "step_00000001").glob("*.mp4")
+        made[name] = read_frames(video).astype(int)
+    assert np.abs(made["with"] - made["without"]).max() > 2
 
 
 def test_lora_in_both_branches_shows_in_samples_and_in_inference(
