@@ -26,7 +26,7 @@ from encode.decode import DecodeJob
 from encode.files import file_of, parse_location
 from encode.pool import DecodePool, DecoderLost
 from encode.probe import DecodeError
-from encode.window_jobs import decode_job
+from encode.window_jobs import by_window, decode_job
 from manifests.commit import commit_shard
 from manifests.config import ModelConfig
 from manifests.errors import CorruptError, LatentlineError
@@ -170,16 +170,17 @@ class ShardWorker:
         with contextlib.closing(self._decode(pool, rows, check)) as decoded:
             # While the first windows are decoded.
             encoder = self._load("VideoEncoder" if kind == "latents" else "HintEncoder")
-            for row, (job, frames) in zip(rows, decoded, strict=True):
+            for group, (job, frames) in zip(by_window(rows), decoded, strict=True):
                 if isinstance(frames, DecoderLost):
                     # A busy machine can kill or slow a decoder too: once more before the video is blamed.
                     [(_, frames)] = pool.imap([job], check=check)
                 if isinstance(frames, DecodeError):
-                    work.errors[row["key"]] = str(frames)
+                    work.errors |= {row["key"]: str(frames) for row in group}
                     continue
-                with work.encoding(row["key"]):
-                    latents_CTHW = encoder.encode(frames)
-                work.entries[row["key"]] = Entry(row["key"], {kind: latents_CTHW}, _facts(row))
+                for row, own_THWC in zip(group, np.split(frames, len(group)), strict=True):
+                    with work.encoding(row["key"]):
+                        latents_CTHW = encoder.encode(own_THWC)
+                    work.entries[row["key"]] = Entry(row["key"], {kind: latents_CTHW}, _facts(row))
         work.wait_seconds = pool.wait_seconds - waited
         expected, self._expected = self._expected, None
         if expected is not None and expected.kind != "context":
@@ -207,7 +208,7 @@ class ShardWorker:
         return pool.imap(self._jobs(rows), check=check)
 
     def _jobs(self, rows: Sequence[dict[str, Any]]) -> Iterator[DecodeJob]:
-        return (decode_job(row, self._config.resize) for row in rows)
+        return (decode_job(group, self._config.resize) for group in by_window(rows))
 
     def _encode_contexts(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
         encoder = self._load("TextEncoder")

@@ -117,7 +117,7 @@ def _source(row: dict[str, Any], decoders: DecodePool) -> tuple[np.ndarray | Non
     if not same:
         return None, fps, "the source has changed"
     resize = row["footer"]["recipe"].get("encode", {}).get("resize", "stretch")
-    job = decode_job(row | {"source": str(video)}, resize)
+    job = decode_job([row | {"source": str(video)}], resize)
     try:
         fps = row["fps"] or decoders.probe(video).result().fps
         return np.array(decoders.submit(job).result()), fps, None
