@@ -236,7 +236,7 @@ class Names:
         """Why a control video does not cover a window, if so. Another size or frame rate is no fault: times count."""
         config, label = self._config, f"the {kind} video {given.location}"
         if given.error is not None:
-            return f"{label}: {given.error}"
+            return f"the {kind} video {given.error}"
         assert facts.source_fps is not None
         assert given.source_fps is not None
         if config.target_fps is None and abs(given.source_fps / facts.source_fps - 1) > _SAME_RATE:

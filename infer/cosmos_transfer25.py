@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import Cosmos2_5_PredictBasePipeline, Cosmos2_5_TransferPipeline
+from diffusers import Cosmos2_5_PredictBasePipeline, Cosmos2_5_TransferPipeline, CosmosControlNetModel
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_transfer import DEFAULT_NEGATIVE_PROMPT
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ from infer.transfer_entries import parse_entry
 from infer.video import Frames
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
-from manifests.fingerprint import component_folder
+from manifests.fingerprint import component_config, component_folder
 from manifests.hints import is_blank, read_kinds
 from manifests.image_context import fault_of_file, read_image_context, wanted_shape
 from train.activation import set_levels
@@ -75,11 +75,16 @@ def check_request(request: Request) -> None:
 
 def check_controls(model: ModelConfig, config: InferConfig, requests: Sequence[Request]) -> None:
     """Raise UsageError for a hint that no controlnet was trained for, as far as the weights say what they were."""
+    for kind, given in config.controlnets.items():
+        kinds = read_kinds(_folder_of(model, kind, given))
+        if kinds is not None and kind not in kinds:
+            raise UsageError(f"infer.controlnets.{kind}: {given.path} was trained for {', '.join(kinds)}")
     known: set[str] = set(config.controlnets)
+    where = "infer.controlnets"
     if not known:
         folders = [component_folder(model, "controlnet"), *(Path(a.path) for a in config.adapters.values())]
-        said = [kinds for folder in folders if (kinds := read_kinds(folder)) is not None]
-        known = set(said[-1]) if said else set()
+        said = [(kinds, str(folder)) for folder in folders if (kinds := read_kinds(folder)) is not None]
+        known, where = (set(said[-1][0]), said[-1][1]) if said else (set(), "")
     for request in requests:
         path = request.image_context
         if path is not None and (fault := fault_of_file(path, wanted_shape(model))):
@@ -88,8 +93,8 @@ def check_controls(model: ModelConfig, config: InferConfig, requests: Sequence[R
         strangers = [kind for kind in kinds if known and kind not in known]
         if strangers:
             raise UsageError(
-                f"{request.name}: no controlnet was trained for {strangers[0]}, only for {', '.join(sorted(known))}; "
-                f"name one in infer.controlnets.{strangers[0]}"
+                f"{request.name}: no controlnet was trained for {strangers[0]}: {where} is for "
+                f"{', '.join(sorted(known))}; name one in infer.controlnets.{strangers[0]}"
             )
         if len(kinds) > 1 and not known:
             raise UsageError(
@@ -141,10 +146,7 @@ def add_controlnets(pipe: Any, model: ModelConfig, nets: Mapping[str, Controlnet
     device = transformer.device
     own = transformer.controlnet.crossattn_proj
     for kind, given in nets.items():
-        net = load_controlnet(replace(model, controlnet=given.path, controlnet_revision=given.revision), dtype)
-        kinds = read_kinds(component_folder(replace(model, controlnet=given.path), "controlnet"))
-        if kinds is not None and kind not in kinds:
-            raise UsageError(f"infer.controlnets.{kind}: {given.path} was trained for {', '.join(kinds)}")
+        net = load_controlnet(_named(model, given), dtype)
         if own is not None and not _equal(own, net.crossattn_proj):
             raise UsageError(
                 f"infer.controlnets.{kind}: {given.path} has another text projection than model.controlnet "
@@ -155,6 +157,19 @@ def add_controlnets(pipe: Any, model: ModelConfig, nets: Mapping[str, Controlnet
         except ValueError as error:
             raise UsageError(f"infer.controlnets.{kind}: {given.path}: {error}") from error
         _compile(list(net.control_blocks), device)
+
+
+def _named(model: ModelConfig, given: ControlnetConfig) -> ModelConfig:
+    """The model with another controlnet."""
+    return replace(model, controlnet=given.path, controlnet_revision=given.revision)
+
+
+def _folder_of(model: ModelConfig, kind: str, given: ControlnetConfig) -> Path:
+    try:
+        component_config(_named(model, given), "controlnet", CosmosControlNetModel.__name__)
+        return component_folder(_named(model, given), "controlnet")
+    except UsageError as error:
+        raise UsageError(f"infer.controlnets.{kind}: {str(error).removeprefix('model.controlnet ')}") from error
 
 
 def _compile(blocks: list[nn.Module], device: torch.device) -> None:

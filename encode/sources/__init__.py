@@ -120,7 +120,8 @@ def with_hint_files(data: DataConfig, items: Sequence[SourceItem], kinds: Sequen
             there = [path for path in expected if path.is_file()]
             if not there:
                 name = expected[0] if kind in item.hints else f"{base}{'.npy' if kind == IMAGE else '.mp4'}"
-                problem.add(f"videos without {_article(label)}", f"{item.name} (expected {name})")
+                remedy = "" if kind == IMAGE else f" (`latentline encode --make {kind}` makes them)"
+                problem.add(f"videos without {_article(label)}{remedy}", f"{item.name} (expected {name})")
             elif len(there) > 1:
                 problem.add(f"videos with two {label}s", f"{there[0]} and {there[1].name}")
             elif kind != IMAGE and owners.setdefault(there[0], item.video) != item.video:

@@ -185,7 +185,8 @@ def test_missing_hints_are_one_line_that_names_the_files(tmp_path: Path, tiny_tr
     gone.unlink()
     with pytest.raises(UsageError) as error:
         _encode(_config(tmp_path, "depth"), tiny_transfer, dataset)
-    assert str(error.value) == f"data.datasets.d: 1 videos without a depth video: {gone.stem} (expected {gone})"
+    line = "data.datasets.d: 1 videos without a depth video (`latentline encode --make depth` makes them): "
+    assert str(error.value) == f"{line}{gone.stem} (expected {gone})"
     assert not list((tmp_path / "cache").glob("entries/*"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, Cosmos2_5_TransferPipeline
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from infer import cosmos_transfer25 as family
 from infer.chunks import split_request
@@ -226,6 +227,12 @@ def test_a_length_that_is_not_4k1_is_made_longer_and_cut(tiny_transfer: Path, vi
     [result] = generate(_model(tiny_transfer), config, requests, guardrail=False)
     assert result.error is None
     assert len(read_frames(tmp_path / "out" / "a.mp4")) == 6
+    [kept] = generate(_model(tiny_transfer), replace(config, side_by_side=True), requests, guardrail=False)
+    assert kept.status == "kept"
+    # Edges, input and result, of one size and length though the input is larger and longer; a line for the labels.
+    assert read_frames(tmp_path / "out" / "side_by_side" / "a.mp4").shape == (6, 32 + 20, 3 * 48, 3)
+    shown = read_frames(tmp_path / "out" / "controls" / "a-input.mp4").astype(int)
+    assert np.abs(shown - read_frames(video)[:6, ::2, ::2].astype(int)).mean() < 4
 
 
 VIDEO = {"video_path": "in.mp4"}
@@ -242,12 +249,19 @@ REFUSED = [
     ({**VIDEO, "depth": {"control_path": "short.mp4"}}, "short.mp4 has 5 frames, 17 are to be made; see max_frames"),
     ({**VIDEO, "edge": {"mask_path": "short.mp4"}}, "the edge mask "),
     ({**VIDEO, "depth": {"control_path": "slow.mp4"}}, "has 6 fps, "),
-    ({**VIDEO, "edge": {}, "num_conditional_frames": 2}, "chunk_overlap = 2; it is 1 or 5"),
+    ({**VIDEO, "edge": {}, "num_conditional_frames": 2}, "num_conditional_frames = 2: Input should be 1 or 5"),
+    ({**VIDEO, "edge": {}, "resolution": "1080"}, "resolution = '1080': give 'height,width' in pixels; '480' and"),
+    (
+        {**VIDEO, "edge": {"preset_blur_strength": "low"}},
+        "did you mean preset_edge_threshold?",
+    ),
+    ({**VIDEO, "edge": {}, "show_input": True}, "unknown key 'show_input'; remove it, and set infer.side_by_side"),
+    ({**VIDEO, "edge": {"mask_prompt": "car"}}, "unknown key 'edge.mask_prompt'; give mask_path"),
     ({**VIDEO, "edge": {}, "resolution": "30,48"}, "height = 30 is not divisible by 16"),
     ({**VIDEO, "edge": {}, "name": "a/b"}, "becomes a file name"),
     (
         {**VIDEO, "edge": {}, "image_context_path": "in.png"},
-        "unknown key 'image_context_path'; did you mean image_context",
+        "unknown key 'image_context_path'; give image_context, a file with",
     ),
     ({**VIDEO, "edge": {}, "image_context": "in.txt"}, "in.txt is no embedding; known suffixes: .npy .safetensors"),
     ({**VIDEO, "vis": {}, "image_context": "in.npy"}, "vis and image_context both say how the video looks"),
@@ -300,12 +314,78 @@ def test_a_hint_nothing_was_trained_for_is_refused(tiny_transfer: Path, video: P
     shutil.copytree(tiny_transfer / "controlnet", tmp_path / "net")
     write_kinds(tmp_path / "net", ["vis"])
     trained = replace(model, controlnet=str(tmp_path / "net"))
-    with pytest.raises(UsageError, match=r"no controlnet was trained for edge, only for vis"):
+    with pytest.raises(
+        UsageError, match=rf"no controlnet was trained for edge: {tmp_path / 'net'} is for vis; name one"
+    ):
         check_controls(trained, config, [edge])
     named = replace(config, controlnets={"edge": ControlnetConfig(path=str(tmp_path / "net"))})
-    check_controls(model, named, [edge])
-    with pytest.raises(UsageError, match="was trained for vis"):
-        generate(model, named, [edge], guardrail=False)
+    with pytest.raises(UsageError, match=rf"infer\.controlnets\.edge: {tmp_path / 'net'} was trained for vis"):
+        check_controls(model, named, [edge])
+
+
+def _without_config(net: Path) -> None:
+    (net / "config.json").write_text("{")
+
+
+def _of_the_base(net: Path) -> None:
+    config = json.loads((net / "config.json").read_text())
+    (net / "config.json").write_text(json.dumps(config | {"_class_name": "CosmosTransformer3DModel"}))
+
+
+def _with_wider_heads(net: Path) -> None:
+    config = json.loads((net / "config.json").read_text())
+    (net / "config.json").write_text(json.dumps(config | {"num_attention_heads": 1}))
+
+
+def _with_other_positions(net: Path) -> None:
+    config = json.loads((net / "config.json").read_text())
+    (net / "config.json").write_text(json.dumps(config | {"rope_scale": [1.0, 1.0, 1.0]}))
+
+
+def _with_another_projection(net: Path) -> None:
+    file = net / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"crossattn_proj.0.bias": tensors["crossattn_proj.0.bias"] + 1}, file)
+
+
+def _with_a_torn_header(net: Path) -> None:
+    (net / "diffusion_pytorch_model.safetensors").write_bytes((40).to_bytes(8, "little") + b"{" * 40)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_without_config, "NET/config.json: not readable as JSON"),
+        (_of_the_base, "NET/config.json: is of a CosmosTransformer3DModel, not of a CosmosControlNetModel"),
+        (_with_wider_heads, "NET: cannot be loaded: "),
+        (_with_other_positions, "NET: the controlnet is for another transformer: rope_scale differ"),
+        (_with_another_projection, "NET has another text projection than model.controlnet CHECKPOINT, and a prompt is"),
+        (_with_a_torn_header, "NET/diffusion_pytorch_model.safetensors: not a safetensors file"),
+        (shutil.rmtree, "'NET': no such folder"),
+    ],
+)
+def test_a_controlnet_that_cannot_serve_is_one_line_that_names_it(
+    tiny_transfer: Path, video: Path, tmp_path: Path, break_it: Callable[[Path], None], message: str
+) -> None:
+    net = tmp_path / "net"
+    shutil.copytree(tiny_transfer / "controlnet", net)
+    break_it(net)
+    config = _config(tmp_path / "out", controlnets={"edge": ControlnetConfig(path=str(net))})
+    requests = _requests(tmp_path, config, {"video_path": str(video), "edge": {}, "max_frames": 5})
+    with pytest.raises(UsageError) as error:
+        generate(_model(tiny_transfer), config, requests, guardrail=False)
+    assert message.replace("NET", str(net)).replace("CHECKPOINT", str(tiny_transfer)) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_class_of_resolution_is_the_size_of_the_nearest_shape(video: Path, tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    tall = tmp_path / "tall.mp4"
+    write_mp4(tall, np.zeros((1, 96, 64, 3), np.uint8), 12.0)
+    # 96 x 64 is nearer to 4:3 than to 16:9.
+    for path, resolution, size in ((video, "720", (704, 960)), (tall, "480", (640, 480)), (tall, "48,32", (48, 32))):
+        [request] = _requests(tmp_path, config, {"video_path": str(path), "edge": {}, "resolution": resolution})
+        assert (request.height, request.width) == size
 
 
 def test_text_alone_is_refused_and_predict_takes_no_control(
