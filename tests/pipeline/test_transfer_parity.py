@@ -47,6 +47,7 @@ from train.hints import HintReader
 from train.methods import apply_methods
 from train.model import check
 from train.trained import trained_parameters
+from train.weights import load_weights
 
 RELATIVE = 1e-6
 STEPS = 4
@@ -260,8 +261,19 @@ def test_lora_trains_where_it_is_asked_to(encoded: Recipe, branch: str) -> None:
 
 
 def test_the_controlnet_of_a_run_is_what_stock_diffusers_loads(encoded: Recipe, tmp_path: Path) -> None:
-    recipe = replace(encoded, train=replace(encoded.train, output=str(tmp_path / "run"), steps=2))
+    ema = EmaConfig(kind="decay", decay=0.5)
+    recipe = replace(encoded, train=replace(encoded.train, output=str(tmp_path / "run"), steps=2, ema=ema))
     told = train_stage(recipe)
+    averaged = CosmosControlNetModel.from_pretrained(tmp_path / "run" / "controlnet-ema").state_dict()
+    expected = safetensors.torch.load_file(tmp_path / "run" / "adapter-ema" / "trained_weights.safetensors")
+    last = "control_blocks.1.after_proj.weight"
+    assert torch.equal(averaged[last], expected[f"controlnet.{last}"])
+    assert read_kinds(tmp_path / "run" / "controlnet-ema") == read_kinds(tmp_path / "run" / "adapter-ema")
+    with pytest.raises(UsageError, match="a control branch has no other format than the run's folder `controlnet`"):
+        load_weights(tmp_path / "run" / "adapter", family="cosmos-transfer2.5")
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "latentline infer recipe.toml inputs.json --adapter FOLDER" in card
+    assert "| hints | edge, vis |" in card
     assert told["hints"] == ["edge", "vis"]
     trained = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "trained_weights.safetensors")
     stored = CosmosControlNetModel.from_pretrained(told["controlnet"])
