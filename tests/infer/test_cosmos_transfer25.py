@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from infer import cosmos_transfer25 as family
 from infer.chunks import split_request
-from infer.config import ControlnetConfig, InferConfig
+from infer.config import AdapterConfig, ControlnetConfig, InferConfig
 from infer.controls import hint_frames, patch_weights
 from infer.generate import check_controls, check_requests, generate
 from infer.inputs import read_requests
@@ -321,6 +321,28 @@ def test_a_hint_nothing_was_trained_for_is_refused(tiny_transfer: Path, video: P
     named = replace(config, controlnets={"edge": ControlnetConfig(path=str(tmp_path / "net"))})
     with pytest.raises(UsageError, match=rf"infer\.controlnets\.edge: {tmp_path / 'net'} was trained for vis"):
         check_controls(model, named, [edge])
+    beside = {"edge": ControlnetConfig(path=str(tiny_transfer / "controlnet"))}
+    check_controls(trained, replace(config, controlnets=beside), [both])
+    with pytest.raises(UsageError, match=r"trained for vis: infer\.controlnets has edge; name one in infer"):
+        check_controls(model, replace(config, controlnets=beside), [both])
+
+
+def test_a_controlnet_may_not_stand_where_an_adapter_trained_one(
+    tiny_transfer: Path, video: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file({"controlnet.patch_embed.proj.weight": torch.zeros(1)}, adapter / "trained_weights.safetensors")
+    write_kinds(adapter, ["edge"])
+    nets = {"vis": ControlnetConfig(path=str(tiny_transfer / "controlnet"))}
+    config = _config(tmp_path / "out", adapters={"mine": AdapterConfig(path=str(adapter))}, controlnets=nets)
+    [both] = _requests(tmp_path, config, {"video_path": str(video), "edge": {}, "vis": {}})
+    check_controls(_model(tiny_transfer), config, [both])
+    twice = replace(config, controlnets={"edge": nets["vis"]})
+    with pytest.raises(UsageError, match=r"would take the place of what infer\.adapters\.mine trained"):
+        check_controls(_model(tiny_transfer), twice, [both])
+    save_file({"transformer_blocks.0.x": torch.zeros(1)}, adapter / "trained_weights.safetensors")
+    check_controls(_model(tiny_transfer), replace(twice, controlnets=nets | twice.controlnets), [both])
 
 
 def _without_config(net: Path) -> None:
