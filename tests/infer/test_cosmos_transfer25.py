@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from infer.video import read_frames, write_mp4
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
 from manifests.hints import make_hint, preset_parameters, write_kinds
-from train.transfer_dit import Control
+from train.transfer_dit import Control, add_controlnet
 
 CPU = torch.device("cpu")
 
@@ -190,6 +191,17 @@ def test_controls_add_up_by_weight_and_place(tiny_transfer: Path) -> None:
     torch.testing.assert_close(predict(Control(hint), Control(other, weight=0 * everywhere)), whole)
     assert (predict(Control(hint, weight=0.5)) - whole).abs().max() > 1e-3
     assert (predict() - whole).abs().max() > 1e-3
+
+    net = copy.deepcopy(pipe.transformer.controlnet)
+    with torch.no_grad():
+        for block in net.control_blocks:
+            block.after_proj.weight.mul_(-2)
+    add_controlnet(pipe.transformer, "vis", net)
+    by_kind = predict(Control(hint, kind="vis"))
+    torch.testing.assert_close(predict(Control(hint, kind="edge")), whole)
+    pipe.transformer.controlnet = net
+    torch.testing.assert_close(by_kind, predict(Control(hint)))
+    assert (by_kind - whole).abs().max() > 1e-3
 
 
 def test_a_long_video_is_made_in_chunks_with_its_hints_beside_it(
