@@ -148,7 +148,7 @@ def generate_frames(
 ) -> Frames | None:
     """One piece of a video under its controls; the arguments are those of `infer.cosmos25.generate_frames`.
 
-    The piece begins at `request.first_frame` of the hints. Lengths that are not 4k+1 are made longer, and cut.
+    The piece begins at `request.first_frame` of the hints. Lengths that are not 4k+1 are made longer, to be cut.
     """
     num_frames = _whole(request.num_frames)
     shape = (latent_frames_of(num_frames), request.height // SIZE_MULTIPLE, request.width // SIZE_MULTIPLE)
@@ -165,7 +165,7 @@ def generate_frames(
         placed = weight if isinstance(weight, float) else torch.from_numpy(weight).unsqueeze(0).to(latents.device)
         steering.append(Control(latents, control.kind, placed))
     with pipe.transformer.controlled_by(steering):
-        frames = cosmos25.generate_frames(
+        return cosmos25.generate_frames(
             pipe,
             replace(request, image=None, video=None, num_frames=num_frames),
             context,
@@ -177,7 +177,6 @@ def generate_frames(
             team=team,
             image_context=_image_context(request),
         )
-    return None if frames is None else frames[: request.num_frames]
 
 
 def _image_context(request: Request) -> Tensor | None:

@@ -156,6 +156,21 @@ def test_padding_keeps_the_aspect_and_hints_lie_where_their_video_does(
     assert decode_window(decode_job([latents], "pad")).shape == (9, 64, 64, 3)
 
 
+@pytest.mark.parametrize(("kind", "mixes"), [("seg", False), ("depth", True)])
+def test_segments_are_resized_without_mixing_their_colours(tmp_path: Path, kind: str, mixes: bool) -> None:
+    frames = np.zeros((5, 64, 96, 3), np.uint8)
+    frames[:, :, 33:] = (200, 40, 90)
+    write_mp4(tmp_path / "given.mp4", frames, 16.0)
+    window = {"start": 0, "num_frames": 5, "fps": None, "clip_start": None, "clip_end": None}
+    row = {"source": str(tmp_path / "given.mp4"), "hint": kind, "parameters": "{}", **window}
+    whole, small = (
+        decode_window(decode_job([row | {"height": height, "width": width}], "pad"))
+        for height, width in ((64, 96), (48, 80))
+    )
+    colours, found = ({tuple(colour) for colour in part.reshape(-1, 3)} for part in (whole, small))
+    assert (found <= colours) is not mixes
+
+
 def test_a_short_hint_quarantines_its_windows_and_names_the_file(
     tmp_path: Path, tiny_transfer: Path, dataset: Path
 ) -> None:

@@ -233,6 +233,34 @@ def test_a_long_video_is_made_in_chunks_with_its_hints_beside_it(
     assert changed.status == "made"
 
 
+def test_each_chunk_has_the_hints_of_its_own_frames(tiny_transfer: Path, tmp_path: Path) -> None:
+    """Two inputs that differ from the tenth frame on, where the second chunk begins but for its first frame."""
+    made = []
+    for name in ("flat", "late"):
+        frames = np.full((17, 32, 48, 3), 60, np.uint8)
+        if name == "late":
+            frames[9:, 8:24, 8:40] = 220
+        write_mp4(tmp_path / f"{name}.mp4", frames, 12.0)
+        config = _config(tmp_path / name, guidance=1.0)
+        requests = _requests(tmp_path, config, {"video_path": str(tmp_path / f"{name}.mp4"), "edge": {}})
+        first = hint_frames(requests[0], requests[0].controls[0], 0, 9)
+        assert not first.any(), "one whose edges are black has a zero latent"
+        [result] = generate(_model(tiny_transfer), config, requests, guardrail=False)
+        assert result.error is None
+        made.append(read_frames(tmp_path / name / "a.mp4").astype(int))
+    difference = np.abs(made[0] - made[1]).max((1, 2, 3))
+    assert difference[:9].max() <= 4, "but for the MP4's rounding"
+    assert difference[9:].min() > 4
+
+
+def test_a_black_hint_is_a_zero_latent(tiny_transfer: Path) -> None:
+    pipe = family.load_pipeline(_model(tiny_transfer), dtype=torch.float32, device=CPU, guardrail=False)
+    black = np.zeros((5, 32, 48, 3), np.uint8)
+    assert not family._hint_latents(pipe, black).any()
+    black[4, 0, 0] = 1
+    assert family._hint_latents(pipe, black).any()
+
+
 def test_a_length_that_is_not_4k1_is_made_longer_and_cut(tiny_transfer: Path, video: Path, tmp_path: Path) -> None:
     config = _config(tmp_path / "out", guidance=1.0)
     requests = _requests(tmp_path, config, {"video_path": str(video), "edge": {}, "max_frames": 6})

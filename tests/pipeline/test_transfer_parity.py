@@ -375,6 +375,31 @@ def test_an_image_context_is_explained_and_not_previewed(with_images: Recipe, tm
     assert [entry["status"] for entry in explained["entries"] if entry["what"] == "image context"] == ["cached"]
 
 
+def test_two_ranks_with_a_prompt_each_make_what_one_makes(
+    with_images: Recipe, tmp_path: Path, demo_dataset: Path
+) -> None:
+    """The image context is the prompt's; the rank of the negative prompt has zeros."""
+    np.save(tmp_path / "image.npy", np.random.default_rng(0).normal(scale=4, size=(4, 24)).astype(np.float32))
+    video = str(sorted((demo_dataset / "videos").glob("*.mp4"))[0])
+    entry = {"name": "a", "prompt": "a", "video_path": video, "edge": {}, "max_frames": 9, "image_context": "image.npy"}
+    (tmp_path / "in.json").write_text(json.dumps(entry))
+    made = []
+    for ranks, parallel in ((1, "auto"), (2, "cfg")):
+        infer = replace(with_images.infer, output=str(tmp_path / parallel), parallel=parallel)
+        file = write_recipe(tmp_path / f"{ranks}", resolved(replace(with_images, infer=infer)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        done = subprocess.run(
+            [*command, "-m", "pipeline.cli", "infer", str(file), str(tmp_path / "in.json"), "--no-guardrail"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        made.append(read_frames(tmp_path / parallel / "a.mp4").astype(int))
+    assert np.abs(made[0] - made[1]).max() <= 4
+
+
 def test_sample_videos_are_shown_the_image_context(with_images: Recipe, encoded: Recipe, tmp_path: Path) -> None:
     made = {}
     for name, recipe in (("with", with_images), ("without", encoded)):
