@@ -21,14 +21,14 @@ from encode.filters import failing, filtered_sources
 from encode.naming import Clip, Names, clip_of
 from encode.pool import DecodePool
 from encode.probe import DecodeError
-from encode.sources import Problems, SourceItem, with_hint_files
+from encode.sources import SourceItem, check_image_contexts, with_hint_files
 from manifests import keys
 from manifests.cache import Cache
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
 from manifests.family import find_family
 from manifests.hints import GIVEN
-from manifests.image_context import IMAGE, SUFFIXES, fault_of_file, wanted_shape
+from manifests.image_context import IMAGE, SUFFIXES, wanted_shape
 from manifests.snapshot import check_name
 from manifests.sources import SourceFacts, SourceMemory
 
@@ -165,7 +165,7 @@ def survey(
             if given:
                 items = with_hint_files(request.data, items, given)
                 if IMAGE in given:
-                    _check_image_contexts(items, wanted_shape(request.model))
+                    check_image_contexts(items, wanted_shape(request.model))
                 videos = list(dict.fromkeys(video for item in items for video in item.hints.values()))
                 for video, facts in zip(videos, track(_look_at_all(videos, **found), len(videos)), strict=True):
                     memory.add(facts)
@@ -196,15 +196,6 @@ def survey(
         num_windows=names.num_windows,
         left_out={name: dict(+counts) for name, counts in left_out.items() if counts.total()},
     )
-
-
-def _check_image_contexts(items: Iterable[SourceItem], shape: tuple[int, int]) -> None:
-    """Raise UsageError for files that hold no image context of this shape."""
-    problems = Problems("encode.hints.image_context")
-    for path in dict.fromkeys(item.hints[IMAGE] for item in items):
-        if fault := fault_of_file(path, shape):
-            problems.add("files that are no image context", f"{path} ({fault})")
-    problems.raise_any()
 
 
 def _until_full(

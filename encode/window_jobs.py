@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from encode.decode import DecodeJob
 from manifests.hints import COMPUTED, GIVEN
+from manifests.image_context import IMAGE
 
 _VIS_PATIENCE = 8.0
 """A wide bilateral filter takes a second of a core a frame; that is no sign of a bad video."""
@@ -19,6 +20,17 @@ _TOGETHER = 4
 _WINDOW = ("source", "clip_start", "clip_end", "start", "num_frames", "fps", "height", "width")
 
 Row = Mapping[str, Any]
+
+
+def is_window(row: Row) -> bool:
+    """Say whether a row of latents or hints is made of a video: an image context is a file as it is."""
+    return row.get("hint") != IMAGE
+
+
+def facts_of(row: Row) -> dict[str, Any]:
+    """What an entry says of where it came from."""
+    facts = {name: row[name] for name in ("source", "source_hash", *_WINDOW[1:])}
+    return facts | {"hint": row["hint"], "parameters": _parameters(row)} if row.get("hint") else facts
 
 
 def by_window(rows: Iterable[Row]) -> Iterator[list[Row]]:

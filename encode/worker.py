@@ -7,7 +7,6 @@ VAE, because a plan's context tasks all come before its latents tasks.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import platform
 import time
@@ -26,12 +25,12 @@ from encode.decode import DecodeJob
 from encode.files import file_of, parse_location
 from encode.pool import DecodePool, DecoderLost
 from encode.probe import DecodeError
-from encode.window_jobs import by_window, decode_job
+from encode.window_jobs import by_window, decode_job, facts_of, is_window
 from manifests.commit import commit_shard
 from manifests.config import ModelConfig
 from manifests.errors import CorruptError, LatentlineError
 from manifests.family import find_family
-from manifests.image_context import IMAGE, read_image_context
+from manifests.image_context import read_image_context
 from manifests.plan import ShardTask
 from manifests.schema import Kind, manifest_path
 from manifests.shards import Entry
@@ -165,8 +164,8 @@ class ShardWorker:
         pool, check = self._pool, work.oversight.check
         waited = pool.wait_seconds
         rows = [row for row in rows if row["key"] not in work.errors]
-        self._read_image_contexts([row for row in rows if row.get("hint") == IMAGE], work)
-        rows = _windows(rows)
+        self._read_image_contexts([row for row in rows if not is_window(row)], work)
+        rows = [row for row in rows if is_window(row)]
         with contextlib.closing(self._decode(pool, rows, check)) as decoded:
             # While the first windows are decoded.
             encoder = self._load("VideoEncoder" if kind == "latents" else "HintEncoder")
@@ -180,11 +179,11 @@ class ShardWorker:
                 for row, own_THWC in zip(group, np.split(frames, len(group)), strict=True):
                     with work.encoding(row["key"]):
                         latents_CTHW = encoder.encode(own_THWC)
-                    work.entries[row["key"]] = Entry(row["key"], {kind: latents_CTHW}, _facts(row))
+                    work.entries[row["key"]] = Entry(row["key"], {kind: latents_CTHW}, facts_of(row))
         work.wait_seconds = pool.wait_seconds - waited
         expected, self._expected = self._expected, None
         if expected is not None and expected.kind != "context":
-            following = _windows([row for row in expected.rows if not row["error"]])
+            following = [row for row in expected.rows if is_window(row) and not row["error"]]
             self._ahead = [row["key"] for row in following], pool.imap(self._jobs(following), check=check)
 
     def _read_image_contexts(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
@@ -196,7 +195,7 @@ class ShardWorker:
                 work.errors[row["key"]] = str(error)
                 continue
             dtype = getattr(torch, self._config.dtype)
-            work.entries[row["key"]] = Entry(row["key"], {"hint": values_MW.to(dtype)}, _facts(row))
+            work.entries[row["key"]] = Entry(row["key"], {"hint": values_MW.to(dtype)}, facts_of(row))
 
     def _decode(self, pool: DecodePool, rows: Sequence[dict[str, Any]], check: Callable[[], None]) -> Decoded:
         """Frames of rows, in order; goes on with what was begun ahead if it was for these rows."""
@@ -306,18 +305,3 @@ def _batches(captions: list[dict[str, Any]], size: int, work: _Work) -> Iterator
 
 def _name(row: Mapping[str, Any]) -> str:
     return row["source"] or f"caption {row['caption']!r}"
-
-
-def _windows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that are made of a video."""
-    return [row for row in rows if row.get("hint") != IMAGE]
-
-
-def _facts(row: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {name: row[name] for name in _LATENTS_FACTS}
-    if row.get("hint"):
-        facts |= {"hint": row["hint"], "parameters": json.loads(row["parameters"])}
-    return facts
-
-
-_LATENTS_FACTS = ("source", "source_hash", "clip_start", "clip_end", "start", "num_frames", "fps", "height", "width")

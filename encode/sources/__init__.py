@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from encode.config import DataConfig, DatasetConfig
 from encode.files import VideoFile
 from manifests.errors import UsageError
-from manifests.image_context import IMAGE, SUFFIXES
+from manifests.image_context import IMAGE, SUFFIXES, fault_of_file
 
 _SUFFIXES = {
     "videos": frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi"}),
@@ -132,6 +132,15 @@ def with_hint_files(data: DataConfig, items: Sequence[SourceItem], kinds: Sequen
     for problem in problems.values():
         problem.raise_any()
     return found
+
+
+def check_image_contexts(items: Iterable[SourceItem], shape: tuple[int, int]) -> None:
+    """Raise UsageError for files that hold no image context of this shape."""
+    problems = Problems("encode.hints.image_context")
+    for path in dict.fromkeys(item.hints[IMAGE] for item in items):
+        if fault := fault_of_file(path, shape):
+            problems.add("files that are no image context", f"{path} ({fault})")
+    problems.raise_any()
 
 
 def _article(label: str) -> str:
