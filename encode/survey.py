@@ -140,6 +140,9 @@ def survey(
     prompts = (family.DEFAULT_NEGATIVE_PROMPT, *config.negative_prompts)
     negative_keys = {prompt: names.context(prompt) for prompt in prompts}
 
+    given: list[str] = [kind for kind in config.hints.kinds if kind in GIVEN]
+    if config.hints.image_context == "given":
+        given.append(IMAGE)
     memory = SourceMemory(cache)
     failed: dict[Clip, str] = {}
     known: dict[VideoFile, SourceFacts] = {}
@@ -159,9 +162,6 @@ def survey(
                 memory.add(facts)
                 known[video] = facts
             items = _kept(request, known, left_out)
-            given: list[str] = [kind for kind in config.hints.kinds if kind in GIVEN]
-            if config.hints.image_context == "given":
-                given.append(IMAGE)
             if given:
                 items = with_hint_files(request.data, items, given)
                 if IMAGE in given:
@@ -178,7 +178,7 @@ def survey(
     for item in items:
         facts = known[item.video]
         kept.add(clip_of(item, facts))
-        error = names.windows(item, facts, {kind: known[video] for kind, video in item.hints.items()})
+        error = names.windows(item, facts, {kind: known[item.hints[kind]] for kind in given})
         if error:
             failed[clip_of(item, facts)] = error
     if not kept:

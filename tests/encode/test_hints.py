@@ -216,6 +216,8 @@ def test_a_table_names_hints_in_columns(tmp_path: Path, tiny_transfer: Path, dat
     planned = plan_encode(model, data, _config(tmp_path, "depth"), {}, create=False)
     sources = {Path(row["source"]).name for row in planned.survey.wanted.to_pylist() if row["kind"] == "hint"}
     assert sources == {line.rpartition(",")[2] for line in lines[1:]}
+    planned = plan_encode(model, data, _config(tmp_path, "edge"), {}, create=False)
+    assert {row["hint"] for row in planned.survey.wanted.to_pylist()} == {None, "edge"}, "columns nobody asked for"
 
 
 def test_predict_takes_no_hints(tmp_path: Path, tiny_checkpoint: Path, dataset: Path) -> None:

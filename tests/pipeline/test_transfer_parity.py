@@ -330,6 +330,9 @@ def test_what_a_run_cannot_train_on_is_one_line(encoded: Recipe, tmp_path: Path)
     snapshot.table = snapshot.table.set_column(place, SNAPSHOT.field("hint_names"), pa.array([names[0], *names[1:]]))
     first = snapshot.sample(0).source
     assert refused(hints={"edge": 1.0}).endswith(f"1 of 8 samples have no edge hint (first: {first})")
+    names[0] = ["edge/0", IMAGE]
+    snapshot.table = snapshot.table.set_column(place, SNAPSHOT.field("hint_names"), pa.array(names))
+    assert "7 of 8 samples have no image_context hint" in refused(hints={"edge": 1.0})
 
 
 def test_projections_that_differ_are_both_in_a_context(tmp_path: Path, tiny_transfer: Path, demo_dataset: Path) -> None:
