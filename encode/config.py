@@ -58,8 +58,8 @@ class DatasetConfig:
         draws its row that much more or less often than others of the dataset, whose weight is 1 unless stated.
     start_column, end_column: optional columns of a table, seconds from the video's first frame; a row without
         them is the whole video.
-    hints_path: the folder with `depth/<name>.mp4` and `seg/<name>.mp4` of each video, where `encode.hints` asks for
-        them; null means the dataset's own folder.
+    hints_path: the folder with `depth/<name>.mp4`, `seg/<name>.mp4` and `image_context/<name>.npy` of each video, where
+        `encode.hints` asks for them; null means the dataset's own folder.
     allow_missing_videos: leave out captions whose video is not there, for parts of a large dataset, and count them.
     """
 
@@ -128,6 +128,8 @@ class HintsConfig:
     variants: of each computed hint a window, each with parameters of its own; training draws one a visit.
     seed: of the parameters, which are drawn from the video's hash, the window and the variant.
     edge_preset, vis_preset: fixed parameters, those of inference, instead of drawn ones; one variant then.
+    image_context: `given`: each video has the embedding of a reference image, which training then shows the model
+        (`manifests.image_context` says what files); `zero`: none, as in diffusers' pipeline.
     """
 
     kinds: tuple[HintKind, ...] = ()
@@ -135,6 +137,7 @@ class HintsConfig:
     seed: int = 0
     edge_preset: Preset | None = None
     vis_preset: Preset | None = None
+    image_context: Literal["zero", "given"] = "zero"
 
     @field_validator("kinds")
     @classmethod

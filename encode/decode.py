@@ -58,8 +58,9 @@ class DecodeJob:
     num_frames: target frames. fps: target frames a second, None for the source's own frames.
     height, width: pixels. start, end: the part of the video the target frames were counted in, seconds.
     resize: `stretch` the picture, or fit it and `pad` with its reflection. interpolation: `bilinear`, `bicubic` or
-    `nearest`. box: where the picture goes (top, left, height, width); None says `resize`. hint: kind and parameters of
-    the hint to compute of each frame, instead of the frame. patience: how much longer than usual it may take.
+    `nearest`. box: where the picture goes (top, left, height, width); None says `resize`. hints: kind and parameters of
+    the hints to compute of the window, which come one after the other instead of it. patience: how much longer than
+    usual it may take.
     """
 
     path: str | VideoFile
@@ -73,17 +74,17 @@ class DecodeJob:
     resize: Literal["stretch", "pad"] = "stretch"
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     box: tuple[int, int, int, int] | None = None
-    hint: tuple[HintKind, dict[str, Any]] | None = None
+    hints: tuple[tuple[HintKind, dict[str, Any]], ...] = ()
     patience: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[num_frames, height, width, 3]"""
-        return (self.num_frames, self.height, self.width, 3)
+        """[num_frames, height, width, 3]; with hints so many times num_frames."""
+        return (max(1, len(self.hints)) * self.num_frames, self.height, self.width, 3)
 
 
 def decode_window(job: DecodeJob, out: npt.NDArray[np.uint8] | None = None, threads: int = 1) -> npt.NDArray[np.uint8]:
-    """The frames of a window, uint8 RGB [num_frames, height, width, 3], values 0 to 255.
+    """The frames of a window, or its hints, uint8 RGB of `job.shape`, values 0 to 255.
 
     out: an array of that shape to write into instead of a new one. threads: decoder threads.
     Raises DecodeError when the file cannot be read, holds fewer frames than the window needs, or one of them is
@@ -108,9 +109,10 @@ def decode_window(job: DecodeJob, out: npt.NDArray[np.uint8] | None = None, thre
 
     for seek_to in _seek_times(index, min(rows_of)):
         if _decode_from(path, index, seek_to, rows_of, out, threads, job):
-            if job.hint is not None:
-                for row, frame in enumerate(out):
-                    out[row] = make_hint(*job.hint, frame)
+            for row in range(job.num_frames if job.hints else 0):
+                frame = out[row].copy()
+                for number, hint in enumerate(job.hints):
+                    out[number * job.num_frames + row] = make_hint(*hint, frame)
             return out
     raise DecodeError(f"{path}: the frame at {_seconds(index, min(rows_of))} cannot be decoded")
 

@@ -16,6 +16,7 @@ from encode.sources import SourceItem
 from encode.windows import TooShort, num_target_frames, plan_windows
 from manifests import hints, keys
 from manifests.cache import is_first
+from manifests.image_context import IMAGE, NO_WINDOW
 from manifests.padding import content_box, padding_of
 from manifests.schema import SNAPSHOT, WANTED
 from manifests.sources import SourceFacts
@@ -77,7 +78,7 @@ class Names:
     ) -> str | None:
         """Want the item's windows; return why it has none that can be encoded, if so.
 
-        hint_facts: of the item's given control videos, by kind.
+        hint_facts: of the item's given hints, by kind.
         """
         config = self._config
         error, starts = facts.error, [0]
@@ -199,7 +200,23 @@ class Names:
                 }
                 row |= {"clip_start": clip_start, "clip_end": clip_end, "start": start, "error": error}
                 self._hint_rows.append(row | geometry | {"hint": kind, "parameters": text})
+        if IMAGE in hint_facts:
+            found[IMAGE] = self._image_context(hint_facts[IMAGE])
         return keys.hints_key(found), list(found), list(found.values())
+
+    def _image_context(self, facts: SourceFacts) -> str:
+        """Want an image context; return its key."""
+        key = keys.hint_key(
+            hint=IMAGE,
+            parameters=hints.parameters_text({}),
+            source_hash=facts.source_hash,
+            clip=None,
+            fingerprint=self._fingerprints["hint"],
+            **NO_WINDOW,
+        )
+        row = {"key": key, "kind": "hint", "source": facts.location, "source_hash": facts.source_hash}
+        self._hint_rows.append(row | {"hint": IMAGE, "parameters": hints.parameters_text({}), **NO_WINDOW})
+        return key
 
     def _parameters(
         self, kind: hints.HintKind, facts: SourceFacts, clip: tuple[float, float | None] | None, start: int
@@ -220,7 +237,7 @@ class Names:
         """Why a control video does not cover a window, if so. Another size or frame rate is no fault: times count."""
         config, label = self._config, f"the {kind} video {given.location}"
         if given.error is not None:
-            return f"{label}: {given.error}"
+            return f"the {kind} video {given.error}"
         assert facts.source_fps is not None
         assert given.source_fps is not None
         if config.target_fps is None and abs(given.source_fps / facts.source_fps - 1) > _SAME_RATE:

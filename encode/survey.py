@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,13 +21,14 @@ from encode.filters import failing, filtered_sources
 from encode.naming import Clip, Names, clip_of
 from encode.pool import DecodePool
 from encode.probe import DecodeError
-from encode.sources import SourceItem, with_hint_videos
+from encode.sources import SourceItem, check_image_contexts, with_hint_files
 from manifests import keys
 from manifests.cache import Cache
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
 from manifests.family import find_family
 from manifests.hints import GIVEN
+from manifests.image_context import IMAGE, SUFFIXES, wanted_shape
 from manifests.snapshot import check_name
 from manifests.sources import SourceFacts, SourceMemory
 
@@ -91,6 +93,8 @@ def check(model: ModelConfig, data: DataConfig, config: EncodeConfig) -> Request
     parts = {"latents": family.latents_parts(model, config), "context": family.context_parts(model, config)}
     if config.hints.kinds:
         parts["hint"] = family.hint_parts(model, config)
+    elif config.hints.image_context == "given":
+        raise UsageError('encode.hints.image_context = "given" goes with hints; name some in encode.hints.kinds')
     return Request(model, data, config, found.items, filters, found.left_out, parts)
 
 
@@ -136,6 +140,9 @@ def survey(
     prompts = (family.DEFAULT_NEGATIVE_PROMPT, *config.negative_prompts)
     negative_keys = {prompt: names.context(prompt) for prompt in prompts}
 
+    given: list[str] = [kind for kind in config.hints.kinds if kind in GIVEN]
+    if config.hints.image_context == "given":
+        given.append(IMAGE)
     memory = SourceMemory(cache)
     failed: dict[Clip, str] = {}
     known: dict[VideoFile, SourceFacts] = {}
@@ -153,8 +160,10 @@ def survey(
         try:
             known.update(_until_full(request, found, track))
             items = _kept(request, known, left_out)
-            if given := [kind for kind in config.hints.kinds if kind in GIVEN]:
-                items = with_hint_videos(request.data, items, given)
+            if given:
+                items = with_hint_files(request.data, items, given)
+                if IMAGE in given:
+                    check_image_contexts(items, wanted_shape(request.model))
                 videos = list(dict.fromkeys(video for item in items for video in item.hints.values()))
                 known.update(zip(videos, track(_look_at_all(videos, **found), len(videos)), strict=True))
         finally:
@@ -165,7 +174,7 @@ def survey(
     for item in items:
         facts = known[item.video]
         kept.add(clip_of(item, facts))
-        error = names.windows(item, facts, {kind: known[video] for kind, video in item.hints.items()})
+        error = names.windows(item, facts, {kind: known[item.hints[kind]] for kind in given})
         if error:
             failed[clip_of(item, facts)] = error
     if not kept:
@@ -276,9 +285,11 @@ def _state(video: VideoFile, folders: dict[str, str]) -> FileState:
 
 
 def _read(video: VideoFile, facts: SourceFacts, decoders: DecodePool) -> SourceFacts:
-    """Hash and probe a video."""
+    """Hash and probe a video; hash an image context."""
     try:
         facts = replace(facts, source_hash=digest_of(video))
+        if isinstance(video, Path) and video.suffix.lower() in SUFFIXES:
+            return facts  # an image context
         info = decoders.probe(parse_location(facts.location)).result()
     except OSError as error:
         raise UsageError(f"{video}: cannot read this video: {error.strerror or error}") from error

@@ -7,7 +7,6 @@ VAE, because a plan's context tasks all come before its latents tasks.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import platform
 import time
@@ -23,13 +22,15 @@ import torch
 
 from encode.config import EncodeConfig
 from encode.decode import DecodeJob
+from encode.files import file_of, parse_location
 from encode.pool import DecodePool, DecoderLost
 from encode.probe import DecodeError
-from encode.window_jobs import decode_job
+from encode.window_jobs import by_window, decode_job, facts_of, is_window
 from manifests.commit import commit_shard
 from manifests.config import ModelConfig
 from manifests.errors import CorruptError, LatentlineError
 from manifests.family import find_family
+from manifests.image_context import read_image_context
 from manifests.plan import ShardTask
 from manifests.schema import Kind, manifest_path
 from manifests.shards import Entry
@@ -163,27 +164,38 @@ class ShardWorker:
         pool, check = self._pool, work.oversight.check
         waited = pool.wait_seconds
         rows = [row for row in rows if row["key"] not in work.errors]
+        self._read_image_contexts([row for row in rows if not is_window(row)], work)
+        rows = [row for row in rows if is_window(row)]
         with contextlib.closing(self._decode(pool, rows, check)) as decoded:
             # While the first windows are decoded.
             encoder = self._load("VideoEncoder" if kind == "latents" else "HintEncoder")
-            for row, (job, frames) in zip(rows, decoded, strict=True):
+            for group, (job, frames) in zip(by_window(rows), decoded, strict=True):
                 if isinstance(frames, DecoderLost):
                     # A busy machine can kill or slow a decoder too: once more before the video is blamed.
                     [(_, frames)] = pool.imap([job], check=check)
                 if isinstance(frames, DecodeError):
-                    work.errors[row["key"]] = str(frames)
+                    work.errors |= {row["key"]: str(frames) for row in group}
                     continue
-                with work.encoding(row["key"]):
-                    latents_CTHW = encoder.encode(frames)
-                facts = {name: row[name] for name in _LATENTS_FACTS}
-                if kind == "hint":
-                    facts |= {"hint": row["hint"], "parameters": json.loads(row["parameters"])}
-                work.entries[row["key"]] = Entry(row["key"], {kind: latents_CTHW}, facts)
+                for row, own_THWC in zip(group, np.split(frames, len(group)), strict=True):
+                    with work.encoding(row["key"]):
+                        latents_CTHW = encoder.encode(own_THWC)
+                    work.entries[row["key"]] = Entry(row["key"], {kind: latents_CTHW}, facts_of(row))
         work.wait_seconds = pool.wait_seconds - waited
         expected, self._expected = self._expected, None
         if expected is not None and expected.kind != "context":
-            following = [row for row in expected.rows if not row["error"]]
+            following = [row for row in expected.rows if is_window(row) and not row["error"]]
             self._ahead = [row["key"] for row in following], pool.imap(self._jobs(following), check=check)
+
+    def _read_image_contexts(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
+        """Given embeddings become entries as they are, in `encode.dtype`."""
+        for row in rows:
+            try:
+                values_MW = read_image_context(file_of(parse_location(row["source"])))
+            except LatentlineError as error:
+                work.errors[row["key"]] = str(error)
+                continue
+            dtype = getattr(torch, self._config.dtype)
+            work.entries[row["key"]] = Entry(row["key"], {"hint": values_MW.to(dtype)}, facts_of(row))
 
     def _decode(self, pool: DecodePool, rows: Sequence[dict[str, Any]], check: Callable[[], None]) -> Decoded:
         """Frames of rows, in order; goes on with what was begun ahead if it was for these rows."""
@@ -195,7 +207,7 @@ class ShardWorker:
         return pool.imap(self._jobs(rows), check=check)
 
     def _jobs(self, rows: Sequence[dict[str, Any]]) -> Iterator[DecodeJob]:
-        return (decode_job(row, self._config.resize) for row in rows)
+        return (decode_job(group, self._config.resize) for group in by_window(rows))
 
     def _encode_contexts(self, rows: Sequence[dict[str, Any]], work: _Work) -> None:
         encoder = self._load("TextEncoder")
@@ -293,6 +305,3 @@ def _batches(captions: list[dict[str, Any]], size: int, work: _Work) -> Iterator
 
 def _name(row: Mapping[str, Any]) -> str:
     return row["source"] or f"caption {row['caption']!r}"
-
-
-_LATENTS_FACTS = ("source", "source_hash", "clip_start", "clip_end", "start", "num_frames", "fps", "height", "width")

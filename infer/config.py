@@ -56,7 +56,7 @@ class InferConfig:
     parallel: what several ranks do. requests: each makes videos of its own. cfg: pairs make one, a rank for the prompt
     and one for the negative prompt. context: all share the tokens of one video. auto: requests while there are enough
     of them, else pairs, else shared tokens. Frames are the same within rounding, and exactly so with `requests`.
-    controlnets: of a Transfer model: the controlnet of each kind of hint; empty uses `model.controlnet` for all.
+    controlnets: of a Transfer model: the controlnet of each kind of hint; kinds without use `model.controlnet`.
     side_by_side: of a Transfer model: also write each video beside its hints and its input, in `side_by_side/`.
     grid: also write `grid.mp4`, the videos side by side.
     ground_truth: folder with `<name>.mp4` for each request, to compare with by PSNR and SSIM.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +29,15 @@ def num_frames_of(video: Path) -> int:
         return sum(1 for _ in iterate_frames(video))
     except LatentlineError as error:
         raise UsageError(str(error)) from error
+
+
+def size_of(video: Path) -> tuple[int, int]:
+    """(height, width) of a video's frames; UsageError if it cannot be read."""
+    try:
+        height, width, _ = next(iterate_frames(video)).shape
+    except LatentlineError as error:
+        raise UsageError(str(error)) from error
+    return height, width
 
 
 @functools.lru_cache(maxsize=1024)
@@ -69,20 +78,19 @@ def hint_frames(request: Request, control: Control, start: int, count: int) -> F
     """`count` frames of a hint from frame `start` on, at the request's size; the last is repeated past its end."""
     path = control.path or request.source
     assert path is not None
-    nearest = control.kind == "seg"
-    frames = [_resized(frame, request, nearest) for frame in islice(iterate_frames(path), start, start + count)]
-    if control.path is None:
-        parameters = preset_parameters(control.kind, control.preset)
-        frames = [make_hint(control.kind, parameters, frame) for frame in frames]
-    return np.stack(_lengthened(frames, count))
+    frames_THWC = _frames(path, request, start, count, nearest=control.kind == "seg")
+    if control.path is not None:
+        return frames_THWC
+    parameters = preset_parameters(control.kind, control.preset)
+    return np.stack([make_hint(control.kind, parameters, frame) for frame in frames_THWC])
 
 
 def mask_frames(request: Request, control: Control, start: int, count: int) -> NDArray[np.float32] | None:
     """[count, H, W] in 0 to 1, at the request's size; None where the hint counts everywhere."""
     if control.mask is None:
         return None
-    frames = [_resized(frame, request, True) for frame in islice(iterate_frames(control.mask), start, start + count)]
-    return np.stack(_lengthened(frames, count)).mean(-1).astype(np.float32) / 255.0
+    frames_THWC = _frames(control.mask, request, start, count, nearest=True)
+    return frames_THWC.mean(-1).astype(np.float32) / 255.0
 
 
 def patch_weights(
@@ -110,27 +118,45 @@ def patch_weights(
     return [np.asarray(one / total_THW, dtype=np.float32) for one in maps]
 
 
-def write_side_by_side(request: Request, video: Path, fps: float) -> None:
-    """Write each hint to `controls/<name>-<kind>.mp4`, and hints, input and result to `side_by_side/<name>.mp4`."""
-    cells: list[tuple[str, Path]] = []
-    for control in request.controls:
-        path = video.parent / "controls" / f"{request.name}-{control.kind}.mp4"
+def write_side_by_side(request: Request, video: Path) -> None:
+    """Write hints, input and result to `side_by_side/<name>.mp4`.
+
+    The hints, and the input as the model saw it, stay in `controls/<name>-<kind>.mp4` and `controls/<name>-input.mp4`.
+    """
+    parts: dict[str, Callable[[int, int], Frames]] = {
+        control.kind: functools.partial(hint_frames, request, control) for control in request.controls
+    }
+    if request.source is not None:
+        parts["input"] = functools.partial(_frames, request.source, request)
+    cells, fps = [], fps_of(request)
+    for label, frames in parts.items():
+        path = video.parent / "controls" / f"{request.name}-{label}.mp4"
         path.parent.mkdir(exist_ok=True)
         with video_writer(path, fps) as write:
             for start in range(0, request.num_frames, _PIECE):
-                write(hint_frames(request, control, start, min(_PIECE, request.num_frames - start)))
-        cells.append((control.kind, path))
-    if request.source is not None:
-        cells.append(("input", request.source))
+                write(frames(start, min(_PIECE, request.num_frames - start)))
+        cells.append((label, path))
     cells.append((request.name, video))
-    (video.parent / "side_by_side").mkdir(exist_ok=True)
-    write_grid(video.parent / "side_by_side" / video.name, cells, fps, together=len(cells))
+    path = side_by_side_path(video)
+    path.parent.mkdir(exist_ok=True)
+    write_grid(path, cells, fps, together=len(cells))
+
+
+def side_by_side_path(video: Path) -> Path:
+    """Where the video beside its hints and input lies."""
+    return video.parent / "side_by_side" / video.name
 
 
 def _first(request: Request) -> Path:
     path = request.source or request.controls[0].path
     assert path is not None
     return path
+
+
+def _frames(path: Path, request: Request, start: int, count: int, *, nearest: bool = False) -> Frames:
+    """Frames of a video from frame `start` on, at the request's size; the last is repeated past its end."""
+    frames = [_resized(frame, request, nearest) for frame in islice(iterate_frames(path), start, start + count)]
+    return np.stack(frames + [frames[-1]] * (count - len(frames)))
 
 
 def _resized(frame_HWC: Frames, request: Request, nearest: bool) -> Frames:
@@ -142,7 +168,3 @@ def _resized(frame_HWC: Frames, request: Request, nearest: bool) -> Frames:
         return cv2.resize(frame_HWC, size, interpolation=cv2.INTER_NEAREST)
     shrinks = frame_HWC.shape[1] > request.width
     return cv2.resize(frame_HWC, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
-def _lengthened(frames: list[Frames], count: int) -> list[Frames]:
-    return frames + [frames[-1]] * (count - len(frames))

@@ -177,13 +177,15 @@ def generate_frames(
     on_sigma: Callable[[float], None] | None = None,
     previous_THWC: Frames | None = None,
     team: Team | None = None,
+    image_context: Tensor | None = None,
 ) -> Frames | None:
     """One video, uint8 [num_frames, height, width, 3]; None on ranks of `team` that do not lead it.
 
     context, negative_context: from `encode_prompt`, None where guidance is off (1 or less). conditioning_timestep:
     of the clean frames, on the sigma scale; negative gives them the sigma of the others. on_step, on_sigma: called
     after each denoising step, and with its sigma before. previous_THWC: 4k+1 frames to begin with, instead of the
-    request's image or video. Noise is float32, drawn on the CPU from `request.seed`, the same on every device.
+    request's image or video. image_context: [1, M, C], of models that take one. Noise is float32, drawn on the CPU from
+    `request.seed`, the same on every device.
     """
     frames: list[Image.Image] | None = None
     if previous_THWC is not None:
@@ -209,6 +211,7 @@ def generate_frames(
         on_sigma=on_sigma,
         guidance_ranks=team and team.guidance,
         context_ranks=team and team.context,
+        image_context_1MC=None if image_context is None else image_context.to(pipe.vae.device),
     )
     if team is not None and not team.is_leader:
         return None
@@ -244,12 +247,14 @@ def preview(
     guidance: float,
     seed: int,
     conditioning_timestep: float,
+    image_context: Tensor | None = None,
 ) -> tuple[Frames, Frames]:
     """(a sample's own video, one made from its text): uint8 [num_frames, H, W, 3] each.
 
     pipe: `load_decoder`'s, on the transformer's device. contexts: projected, [1, L, D], of the text and, where guidance
-    is on, of the negative prompt. latents_CTHW: of the sample, normalised. image: begin with its first frame. The
-    transformer runs once for each step and context, so that ranks which split its weights stay in step.
+    is on, of the negative prompt. latents_CTHW: of the sample, normalised. image: begin with its first frame.
+    image_context: [1, M, C], of models that take one. The transformer runs once for each step and context, so that
+    ranks which split its weights stay in step.
     """
     latents_BCTHW = latents_CTHW.unsqueeze(0).to(pipe.vae.device)
     num_frames = FRAME_STRIDE * (latents_BCTHW.shape[2] - 1) + 1
@@ -271,6 +276,7 @@ def preview(
         generator=torch.Generator("cpu").manual_seed(seed),
         conditioning_timestep=conditioning_timestep,
         on_step=lambda: None,
+        image_context_1MC=None if image_context is None else image_context.to(pipe.vae.device),
         together=False,
     )
     pipe.transformer = None

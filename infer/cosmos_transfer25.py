@@ -8,18 +8,17 @@ and a black hint is a zero latent, as in NVIDIA's code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import Cosmos2_5_PredictBasePipeline, Cosmos2_5_TransferPipeline
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_transfer import DEFAULT_NEGATIVE_PROMPT
-from torch import Tensor, nn
+from torch import Tensor
 
 from infer import controls, cosmos25
-from infer.config import ControlnetConfig, InferConfig
+from infer.controlnets import add_controlnets, check_controls, compile_blocks, equal_weights
 from infer.controls import fps_of, write_side_by_side
 from infer.cosmos25 import FRAME_STRIDE, SIZE_MULTIPLE, check_prompt
 from infer.loading import NoGuardrail, build_guardrail, check_checkpoint, quiet_about, require_guardrail
@@ -29,11 +28,10 @@ from infer.transfer_entries import parse_entry
 from infer.video import Frames
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
-from manifests.fingerprint import component_folder
-from manifests.hints import is_blank, read_kinds
-from train.activation import set_levels
+from manifests.hints import is_blank
+from manifests.image_context import read_image_context
 from train.cosmos_transfer25 import drop_projections, load_controlnet
-from train.transfer_dit import Control, add_controlnet, attach_controlnet
+from train.transfer_dit import Control, attach_controlnet
 
 __all__ = [
     "DEFAULT_NEGATIVE_PROMPT",
@@ -72,28 +70,6 @@ def check_request(request: Request) -> None:
     controls.check_files(request)
 
 
-def check_controls(model: ModelConfig, config: InferConfig, requests: Sequence[Request]) -> None:
-    """Raise UsageError for a hint that no controlnet was trained for, as far as the weights say what they were."""
-    known: set[str] = set(config.controlnets)
-    if not known:
-        folders = [component_folder(model, "controlnet"), *(Path(a.path) for a in config.adapters.values())]
-        said = [kinds for folder in folders if (kinds := read_kinds(folder)) is not None]
-        known = set(said[-1]) if said else set()
-    for request in requests:
-        kinds = [control.kind for control in request.controls]
-        strangers = [kind for kind in kinds if known and kind not in known]
-        if strangers:
-            raise UsageError(
-                f"{request.name}: no controlnet was trained for {strangers[0]}, only for {', '.join(sorted(known))}; "
-                f"name one in infer.controlnets.{strangers[0]}"
-            )
-        if len(kinds) > 1 and not known:
-            raise UsageError(
-                f"{request.name}: {len(kinds)} hints ({', '.join(kinds)}) need a controlnet each; name them in "
-                "infer.controlnets"
-            )
-
-
 def load_pipeline(
     model: ModelConfig,
     *,
@@ -121,45 +97,10 @@ def load_pipeline(
         transformer = attach_controlnet(pipe.transformer, controlnet)
     except ValueError as error:
         raise UsageError(f"model.controlnet: {error}") from error
-    _compile([*transformer.transformer_blocks, *controlnet.control_blocks], device)
+    compile_blocks([*transformer.transformer_blocks, *controlnet.control_blocks], device)
     pipe.to(device)
     accelerate_vae(pipe.vae)
     return pipe
-
-
-def add_controlnets(pipe: Any, model: ModelConfig, nets: Mapping[str, ControlnetConfig], *, dtype: torch.dtype) -> None:
-    """Load the controlnet of each kind of hint into the pipeline.
-
-    Raises UsageError for one that does not fit, or whose text projection is not that of `model.controlnet`: prompts are
-    projected once.
-    """
-    transformer = pipe.transformer
-    device = transformer.device
-    own = transformer.controlnet.crossattn_proj
-    for kind, given in nets.items():
-        net = load_controlnet(replace(model, controlnet=given.path, controlnet_revision=given.revision), dtype)
-        kinds = read_kinds(component_folder(replace(model, controlnet=given.path), "controlnet"))
-        if kinds is not None and kind not in kinds:
-            raise UsageError(f"infer.controlnets.{kind}: {given.path} was trained for {', '.join(kinds)}")
-        if own is not None and not _equal(own, net.crossattn_proj):
-            raise UsageError(
-                f"infer.controlnets.{kind}: {given.path} has another text projection than model.controlnet; use "
-                "controlnets of one model"
-            )
-        add_controlnet(transformer, kind, net.to(device).eval().requires_grad_(False))
-        _compile(list(net.control_blocks), device)
-
-
-def _compile(blocks: list[nn.Module], device: torch.device) -> None:
-    if device.type == "cuda":
-        set_levels(blocks, ["none"] * len(blocks), compiled=True)
-
-
-def _equal(first: nn.Module, second: nn.Module | None) -> bool:
-    if second is None:
-        return False
-    theirs = second.state_dict()
-    return all(torch.equal(tensor.cpu(), theirs[name].cpu()) for name, tensor in first.state_dict().items())
 
 
 @torch.no_grad()
@@ -170,7 +111,7 @@ def encode_prompt(pipe: Any, prompt: str) -> Tensor:
     if not first.config.use_crossattn_projection:
         return embeds_BLD.cpu()
     base_BLD = first.crossattn_proj(embeds_BLD)
-    if _equal(first.crossattn_proj, second.crossattn_proj):
+    if equal_weights(first.crossattn_proj, second.crossattn_proj):
         return base_BLD.cpu()
     return torch.cat([base_BLD, second.crossattn_proj(embeds_BLD)], -1).cpu()
 
@@ -207,7 +148,7 @@ def generate_frames(
 ) -> Frames | None:
     """One piece of a video under its controls; the arguments are those of `infer.cosmos25.generate_frames`.
 
-    The piece begins at `request.first_frame` of the hints. Lengths that are not 4k+1 are made longer, and cut.
+    The piece begins at `request.first_frame` of the hints. Lengths that are not 4k+1 are made longer, to be cut.
     """
     num_frames = _whole(request.num_frames)
     shape = (latent_frames_of(num_frames), request.height // SIZE_MULTIPLE, request.width // SIZE_MULTIPLE)
@@ -224,7 +165,7 @@ def generate_frames(
         placed = weight if isinstance(weight, float) else torch.from_numpy(weight).unsqueeze(0).to(latents.device)
         steering.append(Control(latents, control.kind, placed))
     with pipe.transformer.controlled_by(steering):
-        frames = cosmos25.generate_frames(
+        return cosmos25.generate_frames(
             pipe,
             replace(request, image=None, video=None, num_frames=num_frames),
             context,
@@ -234,8 +175,12 @@ def generate_frames(
             on_sigma=on_sigma,
             previous_THWC=previous_THWC,
             team=team,
+            image_context=_image_context(request),
         )
-    return None if frames is None else frames[: request.num_frames]
+
+
+def _image_context(request: Request) -> Tensor | None:
+    return None if request.image_context is None else read_image_context(request.image_context).unsqueeze(0)
 
 
 def _hint_latents(pipe: Any, frames_THWC: Frames) -> Tensor:
@@ -280,11 +225,14 @@ def preview(
     *,
     hint: Tensor,
     padding: Sequence[int] | None,
+    image_context: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Frames, Frames]:
     """(a sample's own video, one made from its text and hint); settings: as `infer.cosmos25.preview`.
 
     hint: of the sample, normalised [C, T, H, W]. padding: not masked here; the made video fills its frame.
+    image_context: of the sample, [M, C].
     """
     with transformer.controlled_by([Control(hint.unsqueeze(0).to(pipe.vae.device))]):
-        return cosmos25.preview(pipe, transformer, contexts, latents_CTHW, **settings)
+        given = None if image_context is None else image_context.unsqueeze(0)
+        return cosmos25.preview(pipe, transformer, contexts, latents_CTHW, image_context=given, **settings)

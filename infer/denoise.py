@@ -47,6 +47,7 @@ def denoise(
     on_sigma: Callable[[float], None] | None = None,
     guidance_ranks: Context | None = None,
     context_ranks: Context | None = None,
+    image_context_1MC: Tensor | None = None,
     together: bool | None = None,
 ) -> Tensor:
     """Sample normalised latents [1, C, T, H / 8, W / 8], float32.
@@ -55,8 +56,9 @@ def denoise(
     condition_BCTHW: 4k + 1 clean frames in [-1, 1] that the video begins with, or None. conditioning_timestep: of
     those frames, negative for that of the others. generator: of the initial noise. on_sigma: called with a step's
     sigma before its predictions. guidance_ranks: two ranks that predict for one prompt each. context_ranks: ranks that
-    share the tokens of each prediction. All ranks call this with the same values and return the same latents. together:
-    the prompt and the negative prompt as one batch; None: where memory allows it.
+    share the tokens of each prediction. All ranks call this with the same values and return the same latents.
+    image_context_1MC: of the prompt, for models that take one; the negative prompt's is zeros. together: the prompt and
+    the negative prompt as one batch; None: where memory allows it.
     """
     transformer, scheduler = pipe.transformer, pipe.scheduler
     device, dtype = contexts_1LD[0].device, transformer.dtype
@@ -77,21 +79,26 @@ def denoise(
     clean_velocity = (latents - clean) * mask
     padding_mask = latents.new_zeros(1, 1, height, width, dtype=dtype)
     contexts_BLD = torch.cat(list(contexts_1LD))
+    images_BMC = None if image_context_1MC is None else _with_zeros(image_context_1MC, len(contexts_BLD))
     is_split = guidance_ranks is not None and len(contexts_BLD) > 1
     if guidance_ranks is not None and is_split:
         contexts_BLD = contexts_BLD[guidance_ranks.rank, None]
+        images_BMC = None if images_BMC is None else images_BMC[guidance_ranks.rank, None]
     if together is None:
         together = _fits(transformer, len(contexts_BLD), latents)
     batch_size = len(contexts_BLD) if together else 1
+    batches = [slice(first, first + batch_size) for first in range(0, len(contexts_BLD), batch_size)]
 
-    def predict(noisy: Tensor, timestep: Tensor, contexts: Tensor) -> Tensor:
+    def predict(noisy: Tensor, timestep: Tensor, prompts: slice) -> Tensor:
+        given = {} if images_BMC is None else {"image_context": images_BMC[prompts]}
         return transformer(
             hidden_states=noisy,
             condition_mask=mask,
             timestep=timestep,
-            encoder_hidden_states=contexts,
+            encoder_hidden_states=contexts_BLD[prompts],
             padding_mask=padding_mask,
             return_dict=False,
+            **given,
         )[0]
 
     scheduler.set_timesteps(num_steps, device=device)
@@ -104,7 +111,7 @@ def denoise(
             if conditioning_timestep >= 0:
                 timestep = indicator * conditioning_timestep + (1 - indicator) * sigma.view(1, 1, 1, 1, 1)
             noisy = (mask * clean + (1 - mask) * latents).to(dtype)
-            parts = [predict(noisy, timestep, contexts) for contexts in contexts_BLD.split(batch_size)]
+            parts = [predict(noisy, timestep, prompts) for prompts in batches]
             predicted = torch.cat(parts)
             if guidance_ranks is not None and is_split:
                 predicted = gather_first(predicted, guidance_ranks)
@@ -135,6 +142,11 @@ def to_bytes(video_THWC: Tensor) -> np.ndarray:
 def project(transformer: nn.Module, embeds_BLD: Tensor) -> Tensor:
     """Apply the transformer's text projection, if it has one."""
     return getattr(transformer, PROJECTION)(embeds_BLD) if hasattr(transformer, PROJECTION) else embeds_BLD
+
+
+def _with_zeros(image_1MC: Tensor, num_prompts: int) -> Tensor:
+    """The prompt's image context, and zeros for the negative prompt."""
+    return torch.cat([image_1MC, *[torch.zeros_like(image_1MC)] * (num_prompts - 1)])
 
 
 @contextmanager

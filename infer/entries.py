@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -131,20 +131,34 @@ def _parse_entry(where: str, folder: Path, raw: dict[str, Any], default: Request
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def validate(where: str, raw: dict[str, Any], kind: type[_Model]) -> _Model:
-    """An object as `kind`; UsageError names its first wrong key, by dotted path."""
+def validate(where: str, raw: dict[str, Any], kind: type[_Model], instead: Mapping[str, str] | None = None) -> _Model:
+    """An object as `kind`; UsageError names its first wrong key, by dotted path.
+
+    instead: what to do without a key that others have, by its name.
+    """
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(kind.model_fields)}"
+            *parents, last = (str(part) for part in first["loc"])
+            known = _fields(kind, parents)
+            near = difflib.get_close_matches(last, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+            hint = (instead or {}).get(last, hint)
             raise UsageError(f"{where}: unknown key {key!r}; {hint}") from error
         if first["type"] == "missing":
             raise UsageError(f"{where}: {key} is missing") from error
         raise UsageError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from error
+
+
+def _fields(kind: type[BaseModel], parents: Sequence[str]) -> list[str]:
+    """The keys of an object, or of one inside it."""
+    for name in parents:
+        inside = [kind.model_fields[name].annotation, *get_args(kind.model_fields[name].annotation)]
+        [kind] = [one for one in inside if isinstance(one, type) and issubclass(one, BaseModel)]
+    return list(kind.model_fields)
 
 
 def _conditioning_input(where: str, folder: Path, entry: Entry) -> tuple[Path | None, Path | None]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ import torch
 from infer.adapters import check_adapters
 from infer.compare import check_ground_truth, compare_videos
 from infer.config import InferConfig
+from infer.controls import side_by_side_path
 from infer.grid import write_grid
 from infer.inputs import check_names
 from infer.progress import VideoProgress, track
@@ -146,6 +148,8 @@ def generate(
             if not ranks.is_main:
                 return []
             book.add_reported(pending, team, wait=True)
+        if config.side_by_side:
+            _add_side_by_side(family, book.in_order())
         return book.finish()
 
 
@@ -217,6 +221,14 @@ class _Book:
             together = 2 if len(cells) == 2 * len(shown) else 1
             write_grid(self._output / "grid.mp4", cells, self._config.fps, together=together)
         return results
+
+
+def _add_side_by_side(family: ModuleType, results: Sequence[Result]) -> None:
+    """Of videos that are kept too, if they were made without."""
+    lacking = [r for r in results if r.video is not None and not side_by_side_path(r.video).is_file()]
+    for result in track(lacking, "side by side"):
+        assert result.video is not None
+        family.write_side_by_side(result.request, result.video)
 
 
 def _compared(result: Result) -> Result:

@@ -33,7 +33,8 @@ class Request:
     num_latent_conditional_frames: clean latent frames at the start: 0 for text, 1 for an image, 1 or 2 for a
     video (its last 1 or 5 frames). chunk_frames: a longer video is made in pieces of that many frames; null makes
     any length at once. ground_truth: the video to compare with. controls: of a Transfer model. source: the video they
-    are computed from. first_frame: of a piece, in the whole video. The rest as in InferConfig.
+    are computed from. image_context: of a Transfer model: the embedding of a reference image. first_frame: of a piece,
+    in the whole video. The rest as in InferConfig.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Request:
     ground_truth: Path | None = None
     controls: tuple[Control, ...] = ()
     source: Path | None = None
+    image_context: Path | None = None
     first_frame: int = 0
 
 

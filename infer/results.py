@@ -71,7 +71,7 @@ def fingerprints(
 ) -> dict[str, str]:
     """The fingerprint of each request's video, by name. Weights are read once, then remembered by file."""
     adapters = [
-        [[file_digest(path) for path in _files(adapter)], adapter.weight, adapter.sigma_min, adapter.sigma_max]
+        [[file_digest(path) for path in weight_files(adapter)], adapter.weight, adapter.sigma_min, adapter.sigma_max]
         for _, adapter in sorted(config.adapters.items())
     ]
     shared = [
@@ -83,7 +83,7 @@ def fingerprints(
     ]
     if any(request.controls for request in requests):
         named = [replace(model, controlnet=net.path, controlnet_revision=net.revision) for net in _nets(config)]
-        shared.append([weights_digest(component_folder(one, "controlnet")) for one in named or [model]])
+        shared.append([weights_digest(component_folder(one, "controlnet")) for one in (model, *named)])
         shared.append(sorted(config.controlnets))
     return {request.name: digest([shared, _facts(request)]) for request in requests}
 
@@ -124,7 +124,7 @@ def read_records(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
         return {}  # none yet, or another program's: seconds and scores of videos that are kept stay unknown
 
 
-def _files(adapter: AdapterConfig) -> list[Path]:
+def weight_files(adapter: AdapterConfig) -> list[Path]:
     """All the weights an adapter brings."""
     trained = trained_file(adapter)
     own = [] if is_trained_only(adapter) else [find_adapter(Path(adapter.path))]
@@ -135,7 +135,7 @@ def _facts(request: Request) -> dict[str, Any]:
     facts = asdict(request) | {
         name: path and file_digest(path) for name, path in (("image", request.image), ("video", request.video))
     }
-    for name in ("name", "ground_truth", "controls", "source", "first_frame"):
+    for name in ("name", "ground_truth", "controls", "source", "image_context", "first_frame"):
         del facts[name]
     if request.controls:
         files = ("path", "mask")
@@ -144,4 +144,6 @@ def _facts(request: Request) -> dict[str, Any]:
             for control in request.controls
         ]
         facts["source"] = request.source and file_digest(request.source)
+    if request.image_context:
+        facts["image_context"] = file_digest(request.image_context)
     return facts

@@ -18,6 +18,7 @@ from torch import Tensor
 from infer.adapters import load_adapters
 from infer.chunks import generate_pieces, split_request
 from infer.config import InferConfig
+from infer.controls import side_by_side_path
 from infer.progress import VideoProgress
 from infer.ranges import switched_by_sigma
 from infer.request import Request
@@ -136,11 +137,12 @@ class Studio:
                 return
             comment = comment_of(fingerprint)
             fps = self.family.fps_of(request) if request.controls else self.config.fps
+            side_by_side_path(path).unlink(missing_ok=True)  # of an earlier video
             with closing(frames), video_writer(path, fps, comment=comment) as write:
                 for piece_THWC in frames:
                     write(piece_THWC)
         if self.config.side_by_side:
-            self.family.write_side_by_side(request, path, fps)
+            self.family.write_side_by_side(request, path)
 
 
 def _rejected(family: ModuleType, pipe: Any, requests: Sequence[Request]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from manifests.cache import Cache
+from manifests.image_context import IMAGE
 from manifests.schema import KINDS, OK, SNAPSHOT, Kind
 from manifests.tables import read_table
 
@@ -80,7 +81,8 @@ def _explain(
 ) -> Explanation:
     kind: Kind = row["kind"]
     what = f"caption {row['caption']!r}" if kind == "context" else f"frames {row['start']}+{row['num_frames']}"
-    what += f", {row['hint']} {row['parameters']}" if kind == "hint" else ""
+    if kind == "hint":
+        what = IMAGE.replace("_", " ") if row["hint"] == IMAGE else f"{what}, {row['hint']} {row['parameters']}"
     same = rows.filter(pc.equal(rows["key"], row["key"])).to_pylist()
     good = [one for one in same if one["status"] == OK]
     if good:

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -74,6 +75,19 @@ def _controlnet_folder(path: str, revision: str | None) -> Path:
     return local
 
 
+def component_config(model: ModelConfig, name: str, kind: str) -> dict[str, Any]:
+    """Return the `config.json` of a component; `UsageError` unless it is of the class `kind`."""
+    path = component_folder(model, name) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("_class_name") != kind:
+        found = config.get("_class_name") if isinstance(config, dict) else None
+        raise UsageError(f"{path}: is of a {found}, not of a {kind}")
+    return config
+
+
 def weights_digest(folder: Path, prefix: str = "") -> str:
     """Hash the safetensors weights in `folder` whose names start with `prefix`.
 
@@ -122,7 +136,10 @@ def _header(file: Path) -> tuple[dict, int]:
         length = int.from_bytes(handle.read(8), "little")
         if length > min(size, 100_000_000):
             raise UsageError(f"{file}: not a safetensors file")
-        return json.loads(handle.read(length)), 8 + length
+        try:
+            return json.loads(handle.read(length)), 8 + length
+        except ValueError as error:
+            raise UsageError(f"{file}: not a safetensors file") from error
 
 
 def _update_from_file(state: hashlib._Hash, file: Path, offset: int, size: int) -> None:

@@ -81,7 +81,8 @@ _LOCATION = [("shard", pa.string()), ("offset", pa.int64()), ("size", pa.int64()
 
 # `sample_id` to `context_key` are hashed into the snapshot's name, and weights where a row has one; where things lie is
 # not. A sample with several captions is a row each, with one `sample_id`; `captions_key` stands for all of them, and
-# `hints_key` for all hints, which `sample_id` covers. The lists `hint_*` have an item a hint, named "<kind>/<variant>".
+# `hints_key` for all hints, which `sample_id` covers. The lists `hint_*` have an item a hint, named "<kind>/<variant>",
+# and one for an image context.
 # `padding`: pixels of the frames that are not the video's: [top, bottom, left, right].
 SNAPSHOT_IDENTITY = ["sample_id", "dataset", "latents_key", "context_key"]
 SNAPSHOT = pa.schema(

@@ -36,7 +36,8 @@ class Sample:
     """What one training step consumes: latents, and one of the contexts.
 
     contexts, captions: of each caption, by name, in order of the names; a single one without a name is under "".
-    latents_shape: (C, T, H, W) in latent frames and latent pixels. hints: by name, `<kind>/<variant>`.
+    latents_shape: (C, T, H, W) in latent frames and latent pixels. hints: by name, `<kind>/<variant>`, and the image
+    context.
     padding: pixels of the frames that are not the video's (top, bottom, left, right); None where there are none.
     """
 

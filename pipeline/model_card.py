@@ -148,9 +148,14 @@ def _usage(model: ModelConfig, used_as: str, weights: list[str]) -> list[str]:
             "Alpha and rank are in the file. The pipeline's safety checker needs `pip install cosmos_guardrail`."
         )
     if others := [name for name in weights if name != WEIGHTS_NAME or not stock]:
+        given = "inputs.json" if "transfer" in model.family else '"a prompt"'
         parts.append(
             f"{', '.join(f'`{name}`' for name in others)}: read by latentline, not by stock diffusers: "
-            '`latentline infer recipe.toml "a prompt" --adapter FOLDER`.'
+            f"`latentline infer recipe.toml {given} --adapter FOLDER`."
+        )
+    if "transfer" in model.family:
+        parts.append(
+            '`inputs.json`: `{"name": "a", "prompt": "...", "video_path": "a.mp4", "KIND": {}}`, KIND a hint below.'
         )
     return parts
 
@@ -187,6 +192,7 @@ def _training_rows(recipe: Recipe) -> dict[str, Any]:
         "steps x batch": f"{config.steps} x {config.batch_size}",
         "learning rate": f"{config.optimizer.lr:g}, {config.schedule.kind}, warm-up {config.schedule.warmup}",
         "conditioning frames": ", ".join(f"{n}: {p:g}" for n, p in sorted(config.objective.conditioning.items())),
+        **({"hints": ", ".join(sorted(config.hints))} if config.hints else {}),
         "text dropout": f"{config.objective.text_dropout:g}",
         "dtype of the base": config.dtype,
         "seed": config.seed,

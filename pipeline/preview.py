@@ -19,6 +19,7 @@ from manifests.cache import Cache
 from manifests.errors import StaleCacheError
 from manifests.family import find_family
 from manifests.hints import kind_of
+from manifests.image_context import IMAGE
 from manifests.places import Location
 from manifests.shards import read_tensors
 from manifests.snapshot import Snapshot, load_snapshot
@@ -84,7 +85,7 @@ def cache_preview(url: str, recipe: Recipe | None, *, snapshot: str, count: int,
 def _one_a_kind(hints: Mapping[str, Location]) -> dict[str, Location]:
     """The first variant of each kind of hint."""
     first: dict[str, str] = {}
-    for name in hints:
+    for name in sorted(hints.keys() - {IMAGE}):
         first.setdefault(kind_of(name), name)
     return {name: hints[name] for name in first.values()}
 
@@ -117,7 +118,7 @@ def _source(row: dict[str, Any], decoders: DecodePool) -> tuple[np.ndarray | Non
     if not same:
         return None, fps, "the source has changed"
     resize = row["footer"]["recipe"].get("encode", {}).get("resize", "stretch")
-    job = decode_job(row | {"source": str(video)}, resize)
+    job = decode_job([row | {"source": str(video)}], resize)
     try:
         fps = row["fps"] or decoders.probe(video).result().fps
         return np.array(decoders.submit(job).result()), fps, None

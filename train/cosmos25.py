@@ -19,7 +19,7 @@ from diffusers import CosmosTransformer3DModel
 
 from manifests.config import ModelConfig
 from manifests.errors import LatentlineError, StaleCacheError, UsageError
-from manifests.fingerprint import component_folder, weights_digest
+from manifests.fingerprint import component_config, component_folder, weights_digest
 from manifests.snapshot import Snapshot
 from train.config import ObjectiveConfig
 from train.context_parallel import check_divides
@@ -75,18 +75,22 @@ def load_transformer(
     transformer = load_stock(CosmosTransformer3DModel, model, "transformer", dtype)
     if projected:
         _drop_projection(transformer)
-    return accelerate(transformer.requires_grad_(False).to(device))
+    return _accelerated(model, transformer.requires_grad_(False).to(device))
 
 
 def load_stock(kind: type, model: ModelConfig, component: str, dtype: torch.dtype) -> Any:
     """Load a component as diffusers' class, with every weight accounted for; `UsageError` if one is not."""
+    component_config(model, component, kind.__name__)
     folder = component_folder(model, component)
-    loaded, info = kind.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
+    try:
+        loaded, info = kind.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True)  # type: ignore[attr-defined]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: cannot be loaded: {' '.join(str(error).split())}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
             first = next(iter(info[problem]))
             raise UsageError(
-                f"model.path {model.path!r}: {component} has {len(info[problem])} {problem.replace('_', ' ')} "
+                f"{folder}: {component} has {len(info[problem])} {problem.replace('_', ' ')} "
                 f"(first: {first}); its config.json and weights do not belong together"
             )
     return loaded
@@ -98,7 +102,14 @@ def empty_transformer(model: ModelConfig, *, projected: bool = True) -> CosmosTr
         transformer = CosmosTransformer3DModel.from_config(_config(model, "transformer"))
     if projected:
         _drop_projection(transformer)
-    return accelerate(transformer.requires_grad_(False))
+    return _accelerated(model, transformer.requires_grad_(False))
+
+
+def _accelerated(model: ModelConfig, transformer: CosmosTransformer3DModel) -> CosmosTransformer3DModel:
+    try:
+        return accelerate(transformer)
+    except ValueError as error:
+        raise UsageError(f"model.path {model.path!r}: {error}; is model.family {model.family!r} its own?") from error
 
 
 def stock(transformer: CosmosTransformer3DModel) -> CosmosTransformer3DModel:
@@ -268,9 +279,9 @@ def loss(transformer: torch.nn.Module, batch: Mapping[str, torch.Tensor], object
     batch: `example`s stacked: latents and noise [B, C, T, H, W], context [B, L, D], sigma and
     num_conditioning [B]. With x_t = sigma eps + (1 - sigma) x_0 the target is eps - x_0. Conditioning frames
     enter clean, at the timestep `objective.conditioning_timestep` (sigma if that is negative); their error
-    is zero but they stay in the mean, which is over all of a sample's latents. `hint` and `padding_mask` [B, 1, H, W]
-    are handed on where a batch has them. Frames, masks and timesteps
-    are passed as in diffusers' `Cosmos2_5_PredictBasePipeline.__call__`.
+    is zero but they stay in the mean, which is over all of a sample's latents. `hint`, `image_context` and
+    `padding_mask` [B, 1, H, W] are handed on where a batch has them. Frames, masks and timesteps are passed as in
+    diffusers' `Cosmos2_5_PredictBasePipeline.__call__`.
     """
     latents_BCTHW, noise_BCTHW = batch["latents"], batch["noise"]
     num_samples, _, latent_frames, height, width = latents_BCTHW.shape
@@ -290,7 +301,7 @@ def loss(transformer: torch.nn.Module, batch: Mapping[str, torch.Tensor], object
         condition_mask=clean_B1T11.float().expand(num_samples, 1, latent_frames, height, width),
         padding_mask=batch.get("padding_mask", latents_BCTHW.new_zeros(1, 1, height, width)),
         return_dict=False,
-        **({"hint": batch["hint"]} if "hint" in batch else {}),
+        **{name: batch[name] for name in ("hint", "image_context") if name in batch},
     )[0]
     error_BCTHW = torch.where(clean_B1T11, 0.0, prediction_BCTHW.float() - target_BCTHW)
     return error_BCTHW.square().flatten(1).mean(1)

@@ -2,7 +2,7 @@
 
 Objective, noise, conditioning and latents are Predict's (`train.cosmos25`). What is its own: a hint beside each
 sample's latents, encoded by the same VAE, a mask of what is padding, and two text projections, of the base and the
-controlnet. The image context is zeros, as in diffusers' pipeline.
+controlnet. The image context is zeros, as in diffusers' pipeline, or each sample's own; dropped text leaves it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from train.cosmos25 import (
     TOKEN_LINEARS,
     Draw,
     attention_shape,
-    block_inputs,
     check_context_parallel,
     check_objective,
     draw,
@@ -41,6 +40,7 @@ from train.cosmos25 import (
     num_tokens,
     sigma_at,
 )
+from train.dit import block_inputs as base_block_inputs
 from train.dit import flops_per_sample as base_flops
 from train.flops import attention_flops, linear_flops
 from train.transfer_dit import ControlledTransformer, attach_controlnet
@@ -144,6 +144,23 @@ def blocks(transformer: ControlledTransformer) -> list[torch.nn.Module]:
     return [*transformer.transformer_blocks, *transformer.controlnet.control_blocks]
 
 
+def block_inputs(
+    transformer: ControlledTransformer,
+    shape_BCTHW: Sequence[int],
+    context_length: int,
+    device: torch.device,
+    *,
+    image_context: bool = False,
+) -> tuple[Any, ...]:
+    """As `train.dit.block_inputs`, with projected tokens of an image context if samples have one."""
+    inputs = base_block_inputs(transformer, shape_BCTHW, context_length, device)
+    if not image_context:
+        return inputs
+    config = transformer.config
+    shape = (shape_BCTHW[0], config.img_context_num_tokens, config.img_context_dim_out)
+    return (*inputs, torch.randn(shape, device=device, dtype=inputs[0].dtype))
+
+
 def base_digest(model: ModelConfig) -> str:
     """Return what tells this base and this controlnet from others."""
     return digest(
@@ -188,15 +205,17 @@ def example(
     *,
     hint: torch.Tensor,
     padding: Sequence[int] | None,
+    image_context: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Bring together what `loss` consumes of one sample; the loader stacks these into a batch.
 
     latents, hint: [C, T, H, W] float32, normalised. context: [L, D] or [L, 2 D]. padding: pixels that are not the
-    video's (top, bottom, left, right), None without.
+    video's (top, bottom, left, right), None without. image_context: [M, W], None for zeros.
     """
     height, width = latents.shape[2:]
     mask = torch.from_numpy(latent_mask(padding, height, width, _STRIDE)).unsqueeze(0)
-    return cosmos25.example(latents, context, drawn) | {"hint": hint, "padding_mask": mask}
+    given = {} if image_context is None else {"image_context": image_context}
+    return cosmos25.example(latents, context, drawn) | {"hint": hint, "padding_mask": mask, **given}
 
 
 def export_controlnet(

@@ -8,6 +8,7 @@ from typing import Any
 
 from manifests.errors import LatentlineError, UsageError
 from manifests.hints import kind_of
+from manifests.image_context import IMAGE
 from manifests.shards import read_tensors
 from manifests.snapshot import Sample, Snapshot
 from manifests.store import Store
@@ -19,12 +20,22 @@ def uses_hints(family: ModuleType) -> bool:
     return getattr(family, "USES_HINTS", False)
 
 
+def drawn_kinds(snapshot: Snapshot) -> dict[str, int]:
+    """Samples that have hints of each kind, of those a visit draws one from."""
+    return {kind: count for kind, count in snapshot.hint_kinds.items() if kind != IMAGE}
+
+
+def has_image_contexts(snapshot: Snapshot) -> bool:
+    """Say whether samples have an image context."""
+    return IMAGE in snapshot.hint_kinds
+
+
 def hint_weights(config: TrainConfig, snapshot: Snapshot) -> dict[str, float]:
     """How often each kind of hint is drawn, relative to the others.
 
     Raises `UsageError` for a kind the snapshot has not, or several where none is named.
     """
-    kinds = snapshot.hint_kinds
+    kinds = drawn_kinds(snapshot)
     if config.hints is None:
         if len(kinds) != 1:
             raise UsageError(
@@ -48,7 +59,7 @@ def check_hints(config: TrainConfig, snapshot: Snapshot, family: ModuleType) -> 
             raise UsageError('train.hints: this model takes none; set model.family = "cosmos-transfer2.5", or drop it')
         return
     kinds = snapshot.hint_kinds
-    for kind in hint_weights(config, snapshot):
+    for kind in (*hint_weights(config, snapshot), *({IMAGE} & kinds.keys())):
         if kinds[kind] < snapshot.num_samples:
             names = snapshot.column("hint_names").to_pylist()
             index = next(i for i, own in enumerate(names) if kind not in {kind_of(name) for name in own or ()})
@@ -68,7 +79,10 @@ class HintReader:
         self._weights = hint_weights(config, snapshot) if uses_hints(family) else {}
 
     def of(self, sample: Sample, epoch: int, seed: int) -> dict[str, Any]:
-        """The hint of one visit, normalised, and the padding. A function of (seed, epoch, sample) alone."""
+        """The hint of one visit, normalised, and the sample's padding and image context.
+
+        A function of (seed, epoch, sample) alone.
+        """
         if not self._weights:
             return {}
         name = self.name_of(sample, epoch, seed)
@@ -77,7 +91,8 @@ class HintReader:
             hint = self._family.normalise_hint(stored, self._snapshot.fingerprints["hint"])
         except LatentlineError as error:
             raise LatentlineError(f"sample {sample.sample_id} ({sample.source}), hint {name}: {error}") from error
-        return {"hint": hint, "padding": sample.padding}
+        image = read_tensors(self._store, sample.hints[IMAGE])["hint"] if IMAGE in sample.hints else None
+        return {"hint": hint, "padding": sample.padding, "image_context": image}
 
     def name_of(self, sample: Sample, epoch: int, seed: int) -> str:
         """Which hint a visit draws: its kind by weight, then one of the kind's variants."""

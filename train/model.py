@@ -30,7 +30,7 @@ from train.attention import Kernel, choose_kernel, use_kernel
 from train.config import TrainConfig
 from train.context_parallel import MOST_RANKS, sharing
 from train.fp8 import check_device, quantise_base
-from train.hints import check_hints
+from train.hints import check_hints, has_image_contexts
 from train.methods import (
     apply_methods,
     bytes_per_trained,
@@ -186,9 +186,9 @@ def _plan_memory(
     if config.activation == "auto" and device.type == "cuda":
         # The second block: the first one's input needs no gradient.
         block = copy.deepcopy(family.blocks(transformer)[1]).to(device).train()
-        inputs = family.block_inputs(
-            transformer, (config.micro_batch_size, *shape), snapshot.fingerprints["context"]["length"], device
-        )
+        length = snapshot.fingerprints["context"]["length"]
+        given = {"image_context": True} if has_image_contexts(snapshot) else {}
+        inputs = family.block_inputs(transformer, (config.micro_batch_size, *shape), length, device, **given)
         try:
             limit = _usable_bytes(config, device)
             together = config.context_parallel > 1

@@ -61,19 +61,7 @@ def attach_controlnet(
 
     Raises `ValueError` if they do not belong together, or for configurations the faster forward does not cover.
     """
-    base, config = transformer.config, controlnet.config
-    if base.controlnet_block_every_n is None:
-        raise ValueError("the transformer takes no control: its controlnet_block_every_n is null")
-    needed = -(-base.num_layers // base.controlnet_block_every_n)
-    if config.n_controlnet_blocks < needed:
-        raise ValueError(f"the controlnet has {config.n_controlnet_blocks} blocks, the transformer takes {needed}")
-    shared = ("num_attention_heads", "attention_head_dim", "text_embed_dim", "patch_size", "rope_scale", "max_size")
-    differing = [name for name in shared if _plain(base[name]) != _plain(config[name])]
-    if differing:
-        raise ValueError(f"the controlnet is for another transformer: {', '.join(differing)} differ")
-    for model in (base, config):
-        if model.extra_pos_embed_type is not None or model.patch_size[0] != 1:
-            raise ValueError("the faster forward covers Cosmos-Transfer2.5: no learnable positions, no temporal patch")
+    _check_fits(transformer, controlnet)
     transformer.__class__ = ControlledTransformer
     for block in (*transformer.transformer_blocks, *controlnet.control_blocks):
         block.__class__ = TransferBlock
@@ -81,8 +69,28 @@ def attach_controlnet(
     return transformer
 
 
+def _check_fits(transformer: CosmosTransformer3DModel, controlnet: CosmosControlNetModel) -> None:
+    base, config = transformer.config, controlnet.config
+    if base.controlnet_block_every_n is None:
+        raise ValueError("the transformer takes no control: its controlnet_block_every_n is null")
+    needed = -(-base.num_layers // base.controlnet_block_every_n)
+    if config.n_controlnet_blocks < needed:
+        raise ValueError(f"the controlnet has {config.n_controlnet_blocks} blocks, the transformer takes {needed}")
+    shared = (
+        "num_attention_heads", "attention_head_dim", "text_embed_dim", "patch_size", "rope_scale", "max_size",
+        "img_context_dim_in", "img_context_dim_out",
+    )  # fmt: skip
+    differing = [name for name in shared if _plain(base[name]) != _plain(config[name])]
+    if differing:
+        raise ValueError(f"the controlnet is for another transformer: {', '.join(differing)} differ")
+    for model in (base, config):
+        if model.extra_pos_embed_type is not None or model.patch_size[0] != 1:
+            raise ValueError("the faster forward covers Cosmos-Transfer2.5: no learnable positions, no temporal patch")
+
+
 def add_controlnet(transformer: ControlledTransformer, kind: str, controlnet: CosmosControlNetModel) -> None:
-    """Add the controlnet of another kind of hint, for inference."""
+    """Add the controlnet of another kind of hint, for inference; `ValueError` if it does not fit."""
+    _check_fits(transformer, controlnet)
     for block in controlnet.control_blocks:
         block.__class__ = TransferBlock
     if not hasattr(transformer, "controlnets"):

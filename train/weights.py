@@ -47,6 +47,9 @@ Format = Literal["diffusers", "peft", "nvidia", "comfyui", "model"]
 Source = Literal["diffusers", "peft", "nvidia", "comfyui", "dcp", "trained"]
 
 TRAINED_NAME = "trained_weights.safetensors"
+CONTROL_PREFIX = "controlnet."
+"""Of the names of a Transfer model's control branch."""
+
 _SUFFIXES: dict[str, str] = {"nvidia": ".pt", "comfyui": ".safetensors"}
 
 
@@ -90,6 +93,10 @@ def load_weights(
         weights = read_diffusers(path, alpha=alpha)
     if alpha is not None and isinstance(weights, FullModel):
         raise UsageError(f"{path}: --alpha is for adapters; this is a full model")
+    if any(name.startswith(CONTROL_PREFIX) for name in weights.tensors):
+        raise UsageError(
+            f"{path}: a control branch has no other format than the run's folder `controlnet`, diffusers' own"
+        )
     if strangers := [name for name in weights.tensors if names.to_original(name) is None]:
         raise unmatched(path, strangers, "matches nothing in the model")
     return Loaded(source, family, weights)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from encode.config import DataConfig, DatasetConfig
 from encode.files import VideoFile
 from manifests.errors import UsageError
+from manifests.image_context import IMAGE, SUFFIXES, fault_of_file
 
 _SUFFIXES = {
     "videos": frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi"}),
@@ -39,7 +40,7 @@ class SourceItem:
         from the beginning, to the end.
     weight: how often it is drawn relative to the others of the dataset; None is 1.
     facts: further values the dataset has of it, for `filters.where`.
-    hints: its control videos that are given, by kind.
+    hints: its control videos that are given, by kind; also its image context.
     """
 
     dataset: str
@@ -98,10 +99,11 @@ class Problems:
         raise UsageError(f"{self._where}: " + "; ".join(parts))
 
 
-def with_hint_videos(data: DataConfig, items: Sequence[SourceItem], kinds: Sequence[str]) -> list[SourceItem]:
-    """The items with the control videos of these kinds: `<kind>/<name>` of the same name as the video, MP4 or alike.
+def with_hint_files(data: DataConfig, items: Sequence[SourceItem], kinds: Sequence[str]) -> list[SourceItem]:
+    """The items with their given hints of these kinds: `<kind>/<name>` of the same name as the video.
 
-    Raises UsageError, one line a dataset, that names the videos which lack one.
+    Control videos are MP4 or alike, image contexts `.npy` or `.safetensors`. Raises UsageError, one line a dataset,
+    that names the videos which lack one.
     """
     found = []
     problems = {name: Problems(f"data.datasets.{name}") for name in data.datasets}
@@ -111,22 +113,38 @@ def with_hint_videos(data: DataConfig, items: Sequence[SourceItem], kinds: Seque
         hints: dict[str, Path] = {}
         for kind in kinds:
             base = hints_folder(data.datasets[item.dataset]) / kind / PurePosixPath(item.name).name
-            beside = [base.with_name(base.name + suffix) for suffix in sorted(_SUFFIXES["videos"])]
+            suffixes = SUFFIXES if kind == IMAGE else sorted(_SUFFIXES["videos"])
+            label = "image context" if kind == IMAGE else f"{kind} video"
+            beside = [base.with_name(base.name + suffix) for suffix in suffixes]
             expected = [item.hints[kind]] if kind in item.hints else beside
             there = [path for path in expected if path.is_file()]
             if not there:
-                name = expected[0] if kind in item.hints else f"{base}.mp4"
-                problem.add(f"videos without a {kind} video", f"{item.name} (expected {name})")
+                name = expected[0] if kind in item.hints else f"{base}{'.npy' if kind == IMAGE else '.mp4'}"
+                remedy = "" if kind == IMAGE else f" (`latentline encode --make {kind}` makes them)"
+                problem.add(f"videos without {_article(label)}{remedy}", f"{item.name} (expected {name})")
             elif len(there) > 1:
-                problem.add(f"videos with two {kind} videos", f"{there[0]} and {there[1].name}")
-            elif owners.setdefault(there[0], item.video) != item.video:
-                problem.add(f"{kind} videos of two different videos", f"{there[0]}")
+                problem.add(f"videos with two {label}s", f"{there[0]} and {there[1].name}")
+            elif kind != IMAGE and owners.setdefault(there[0], item.video) != item.video:
+                problem.add(f"{label}s of two different videos", f"{there[0]}")
             else:
                 hints[kind] = there[0]
         found.append(replace(item, hints=hints))
     for problem in problems.values():
         problem.raise_any()
     return found
+
+
+def check_image_contexts(items: Iterable[SourceItem], shape: tuple[int, int]) -> None:
+    """Raise UsageError for files that hold no image context of this shape."""
+    problems = Problems("encode.hints.image_context")
+    for path in dict.fromkeys(item.hints[IMAGE] for item in items):
+        if fault := fault_of_file(path, shape):
+            problems.add("files that are no image context", f"{path} ({fault})")
+    problems.raise_any()
+
+
+def _article(label: str) -> str:
+    return f"{'an' if label.startswith('image') else 'a'} {label}"
 
 
 def hints_folder(dataset: DatasetConfig) -> Path:

@@ -1,8 +1,8 @@
 """A Parquet, CSV or JSONL table with one row a video: its path, captions and, optionally, seconds and a weight.
 
 Paths are relative to the table's folder, or absolute. The caption is the column `caption_column` ("caption"), or there
-are several: the columns that `captions` names. Columns `depth` and `seg` name control videos, where `encode.hints`
-asks for them. `encode.tables` says how tables are read.
+are several: the columns that `captions` names. Columns `depth`, `seg` and `image_context` name given hints, where
+`encode.hints` asks for them. `encode.tables` says how tables are read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from encode.sources import Problems, SourceItem, prefixed, prompt_of
 from encode.tables import Row, read_rows, require_column, with_numbers
 from manifests.errors import UsageError
 from manifests.hints import GIVEN
+from manifests.image_context import IMAGE
 
 
 def read(name: str, dataset: DatasetConfig, left_out: Counter[str]) -> list[SourceItem]:
@@ -51,7 +52,7 @@ def items_of_table(
     prompt = prompt_of(where, dataset)
     captions = [] if prompt is not None else list(dataset.captions or [caption_column])
     wanted = {video_column, *captions, dataset.start_column, dataset.end_column, dataset.weight_column}
-    wanted |= set(GIVEN)
+    wanted |= {*GIVEN, IMAGE}
     columns, rows = read_rows(where, path, None if dataset.filters.where else wanted, captions)
     require_column(f"{where}.video_column", video_column, columns, path)
     for column in captions:
@@ -80,7 +81,7 @@ def items_of_table(
                     end=end,
                     weight=weight,
                     facts=values,
-                    hints={kind: path.parent / str(row[kind]).strip() for kind in GIVEN if row.get(kind)},
+                    hints={kind: path.parent / str(row[kind]).strip() for kind in (*GIVEN, IMAGE) if row.get(kind)},
                 )
             )
     problems.raise_any()

@@ -53,6 +53,8 @@ def build_tiny_transfer_checkpoint(folder: Path, *, seed: int = 0) -> Path:
                 latent_channels=18,
                 model_channels=_width(parts.transformer),
             ).eval()
+            for model in (transformer, controlnet):
+                _tell_apart(model)
         controlnet.crossattn_proj.load_state_dict(transformer.crossattn_proj.state_dict())
         kept = {name: getattr(parts, name) for name in ("text_encoder", "tokenizer", "vae", "scheduler")}
         pipe = Cosmos2_5_TransferPipeline(
@@ -64,6 +66,13 @@ def build_tiny_transfer_checkpoint(folder: Path, *, seed: int = 0) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def _tell_apart(model: torch.nn.Module) -> None:
+    """Norms of queries and keys begin as ones, all alike; trained ones differ."""
+    for name, parameter in model.named_parameters():
+        if "norm_q" in name or "norm_k" in name or "_img_norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
 
 
 def _width(transformer: CosmosTransformer3DModel) -> int:

@@ -16,7 +16,7 @@ from encode import cosmos_transfer25_models
 from encode.config import DataConfig, DatasetConfig, EncodeConfig, HintsConfig, WindowsConfig
 from encode.decode import DecodeJob, decode_window
 from encode.job import EncodeResult, finish_encode, plan_encode, run_encode
-from encode.window_jobs import decode_job
+from encode.window_jobs import by_window, decode_job
 from infer.video import write_mp4
 from manifests.cache import Cache
 from manifests.config import ModelConfig
@@ -85,7 +85,7 @@ def test_hints_are_entries_with_recorded_parameters(tmp_path: Path, tiny_transfe
             torch.testing.assert_close(stored, encoder.encode(np.stack(frames)), rtol=0, atol=0)
         else:
             assert Path(row["source"]).parent.name == row["hint"]
-            torch.testing.assert_close(stored, encoder.encode(decode_window(decode_job(row, "stretch"))))
+            torch.testing.assert_close(stored, encoder.encode(decode_window(decode_job([row], "stretch"))))
     assert len({rows[key]["parameters"] for key in rows if rows[key]["hint"] == "edge"}) == 6
     again = _encode(config, tiny_transfer, dataset)
     assert again.encoded == {"latents": 0, "context": 0, "hint": 0}
@@ -93,6 +93,25 @@ def test_hints_are_entries_with_recorded_parameters(tmp_path: Path, tiny_transfe
     more = _encode(replace(config, hints=HintsConfig(kinds=("edge",), variants=4)), tiny_transfer, dataset)
     assert more.encoded["hint"] == 2, "variants that are there stay"
     assert more.snapshot.hash != result.snapshot.hash
+
+
+def test_a_window_is_decoded_once_for_several_hints(demo_dataset: Path) -> None:
+    [video, other, *_] = sorted((demo_dataset / "videos").glob("*.mp4"))
+    window = {"clip_start": None, "clip_end": None, "start": 2, "num_frames": 5, "fps": 16.0, "height": 32, "width": 48}
+    edge = {"hint": "edge", "parameters": '{"low":60,"high":160}'}
+    vis = {"hint": "vis", "parameters": '{"downscale":1,"rescale":8}'}
+    row = {"source": str(video), **window}
+    rows = [row | edge, row | vis, row | {"start": 3} | vis, row | {"source": str(other)} | vis]
+    assert list(by_window(rows)) == [rows[:2], rows[2:3], rows[3:]]
+    assert [len(group) for group in by_window([row | edge] * 9)] == [4, 4, 1], "memory has a limit"
+    for alone in ({"hint": "depth", "parameters": "{}"}, {}):
+        assert [len(group) for group in by_window([row | alone] * 3)] == [1, 1, 1]
+    frames = decode_window(decode_job([row], "stretch"))
+    together = decode_window(decode_job(rows[:2], "stretch"))
+    assert together.shape == (10, 32, 48, 3)
+    for made, one in zip(np.split(together, 2), (edge, vis), strict=True):
+        expected = [make_hint(one["hint"], json.loads(one["parameters"]), frame) for frame in frames]  # type: ignore[arg-type]
+        assert (made == np.stack(expected)).all()
 
 
 def test_a_job_without_hints_writes_what_it_always_wrote(tmp_path: Path, tiny_transfer: Path, dataset: Path) -> None:
@@ -128,13 +147,28 @@ def test_padding_keeps_the_aspect_and_hints_lie_where_their_video_does(
     assert result.snapshot.fingerprints["latents"]["pixels"].startswith("fit-bicubic-reflect")
     [row, *_] = Cache(config.cache).rows("hint").to_pylist()
     assert json.loads(row["parameters"]) == {"box": list(box)}
-    frames = decode_window(decode_job(row, "pad"))
+    frames = decode_window(decode_job([row], "pad"))
     inner = frames[:, box[0] : box[0] + box[2]]
     assert (frames[:, box[0] - 1] == inner[:, 1]).all()
     plain = DecodeJob(path=row["source"], first=0, num_frames=9, fps=16.0, height=box[2], width=box[3])
     assert (inner == decode_window(plain)).all()
     latents = Cache(config.cache).rows("latents").to_pylist()[0]
-    assert decode_window(decode_job(latents, "pad")).shape == (9, 64, 64, 3)
+    assert decode_window(decode_job([latents], "pad")).shape == (9, 64, 64, 3)
+
+
+@pytest.mark.parametrize(("kind", "mixes"), [("seg", False), ("depth", True)])
+def test_segments_are_resized_without_mixing_their_colours(tmp_path: Path, kind: str, mixes: bool) -> None:
+    frames = np.zeros((5, 64, 96, 3), np.uint8)
+    frames[:, :, 33:] = (200, 40, 90)
+    write_mp4(tmp_path / "given.mp4", frames, 16.0)
+    window = {"start": 0, "num_frames": 5, "fps": None, "clip_start": None, "clip_end": None}
+    row = {"source": str(tmp_path / "given.mp4"), "hint": kind, "parameters": "{}", **window}
+    whole, small = (
+        decode_window(decode_job([row | {"height": height, "width": width}], "pad"))
+        for height, width in ((64, 96), (48, 80))
+    )
+    colours, found = ({tuple(colour) for colour in part.reshape(-1, 3)} for part in (whole, small))
+    assert (found <= colours) is not mixes
 
 
 def test_a_short_hint_quarantines_its_windows_and_names_the_file(
@@ -166,7 +200,8 @@ def test_missing_hints_are_one_line_that_names_the_files(tmp_path: Path, tiny_tr
     gone.unlink()
     with pytest.raises(UsageError) as error:
         _encode(_config(tmp_path, "depth"), tiny_transfer, dataset)
-    assert str(error.value) == f"data.datasets.d: 1 videos without a depth video: {gone.stem} (expected {gone})"
+    line = "data.datasets.d: 1 videos without a depth video (`latentline encode --make depth` makes them): "
+    assert str(error.value) == f"{line}{gone.stem} (expected {gone})"
     assert not list((tmp_path / "cache").glob("entries/*"))
 
 
@@ -181,6 +216,8 @@ def test_a_table_names_hints_in_columns(tmp_path: Path, tiny_transfer: Path, dat
     planned = plan_encode(model, data, _config(tmp_path, "depth"), {}, create=False)
     sources = {Path(row["source"]).name for row in planned.survey.wanted.to_pylist() if row["kind"] == "hint"}
     assert sources == {line.rpartition(",")[2] for line in lines[1:]}
+    planned = plan_encode(model, data, _config(tmp_path, "edge"), {}, create=False)
+    assert {row["hint"] for row in planned.survey.wanted.to_pylist()} == {None, "edge"}, "columns nobody asked for"
 
 
 def test_predict_takes_no_hints(tmp_path: Path, tiny_checkpoint: Path, dataset: Path) -> None:

@@ -50,6 +50,16 @@ def test_vis_parameters_follow_the_training_distribution() -> None:
         assert (min(values), max(values)) == (low, high)
 
 
+def test_presets_are_nvidias() -> None:
+    edges = [preset_parameters("edge", name) for name in PRESETS]
+    assert [(one["low"], one["high"]) for one in edges] == [(20, 50), (50, 100), (100, 200), (200, 300), (300, 400)]
+    blurs = [preset_parameters("vis", name) for name in PRESETS]
+    assert [one["downscale"] for one in blurs] == [1, 4, 2, 1, 4]
+    assert [one["rescale"] for one in blurs] == [4, 4, 10, 16, 16]
+    assert all(one["bilateral"] == {"d": 30, "sigma_color": 150, "sigma_space": 100} for one in blurs)
+    assert not any("gaussian" in one for one in blurs)
+
+
 def test_edges_lie_on_the_border_in_three_channels() -> None:
     edges = make_hint("edge", preset_parameters("edge", "medium"), _picture())
     assert edges.shape == (48, 64, 3)

@@ -30,6 +30,7 @@ from manifests.cache import Cache
 from manifests.config import ModelConfig
 from manifests.errors import StaleCacheError, UsageError
 from manifests.hints import kind_of, make_hint, read_kinds
+from manifests.image_context import IMAGE
 from manifests.order import Order
 from manifests.schema import SNAPSHOT
 from manifests.shards import read_tensors
@@ -47,6 +48,7 @@ from train.hints import HintReader
 from train.methods import apply_methods
 from train.model import check
 from train.trained import trained_parameters
+from train.weights import load_weights
 
 RELATIVE = 1e-6
 STEPS = 4
@@ -124,6 +126,11 @@ class Online:
         target = noise - x0
         timestep = indicator * objective.conditioning_timestep + (1 - indicator) * sigma
         image = torch.zeros(1, self.base.config.img_context_num_tokens, self.base.config.img_context_dim_in)
+        if IMAGE in sample.hints:  # dropped text leaves it
+            [given] = Path(self.recipe.data.datasets["shapes"].hints_path or "").glob(
+                f"*/{Path(row['source']).stem}.npy"
+            )
+            image = torch.from_numpy(np.load(given))[None]
         shared = {
             "timestep": timestep, "encoder_hidden_states": (text, image), "condition_mask": mask,
             "padding_mask": self.padding_mask(row), "return_dict": False,
@@ -164,6 +171,30 @@ def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_transfer: Path, demo_
     return recipe
 
 
+@pytest.fixture(scope="module")
+def with_images(encoded: Recipe, tmp_path_factory: pytest.TempPathFactory, demo_dataset: Path) -> Recipe:
+    """The same, with an image context of each video."""
+    folder = tmp_path_factory.mktemp("images")
+    shutil.copytree(encoded.encode.cache, folder / "cache")
+    (folder / IMAGE).mkdir()
+    rng = np.random.default_rng(0)
+    for video in (demo_dataset / "videos").glob("*.mp4"):
+        np.save(folder / IMAGE / f"{video.stem}.npy", rng.normal(scale=4, size=(4, 24)).astype(np.float32))
+    dataset = replace(encoded.data.datasets["shapes"], hints_path=str(folder))
+    recipe = replace(
+        encoded,
+        data=replace(encoded.data, datasets={"shapes": dataset}),
+        encode=replace(
+            encoded.encode, cache=str(folder / "cache"), hints=replace(encoded.encode.hints, image_context="given")
+        ),
+        train=replace(encoded.train, output=str(folder / "run")),
+    )
+    result, code = encode_stage(recipe)
+    assert code == 0
+    assert result["encoded"]["hint"] == 4
+    return recipe
+
+
 def _losses(folder: Path) -> list[float]:
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [record["loss"] for record in records if "loss" in record]
@@ -184,8 +215,16 @@ def test_losses_of_control_training_equal_online_training(encoded: Recipe) -> No
     assert kinds == {"edge", "vis"}, "both hints are drawn"
 
 
-def test_ranks_that_share_samples_and_weights_train_as_one(encoded: Recipe, tmp_path: Path) -> None:
+def test_losses_with_image_contexts_equal_online_training(with_images: Recipe) -> None:
+    train_stage(with_images)
+    found = _losses(Path(with_images.train.output))
+    online = Online(with_images, load_snapshot(Cache(with_images.encode.cache).store, "train"))
+    assert found == pytest.approx([online.step(step) for step in range(STEPS)], rel=RELATIVE)
+
+
+def test_ranks_that_share_samples_and_weights_train_as_one(with_images: Recipe, tmp_path: Path) -> None:
     """3 ranks: 27 tokens a sample divided by them, and FSDP's weights of base and control branch split over them."""
+    encoded = with_images
     steps = {"steps": 3, "checkpoint_every": 3}
     alone = replace(encoded, train=replace(encoded.train, output=str(tmp_path / "alone"), **steps))
     train_stage(alone)
@@ -223,8 +262,19 @@ def test_lora_trains_where_it_is_asked_to(encoded: Recipe, branch: str) -> None:
 
 
 def test_the_controlnet_of_a_run_is_what_stock_diffusers_loads(encoded: Recipe, tmp_path: Path) -> None:
-    recipe = replace(encoded, train=replace(encoded.train, output=str(tmp_path / "run"), steps=2))
+    ema = EmaConfig(kind="decay", decay=0.5)
+    recipe = replace(encoded, train=replace(encoded.train, output=str(tmp_path / "run"), steps=2, ema=ema))
     told = train_stage(recipe)
+    averaged = CosmosControlNetModel.from_pretrained(tmp_path / "run" / "controlnet-ema").state_dict()
+    expected = safetensors.torch.load_file(tmp_path / "run" / "adapter-ema" / "trained_weights.safetensors")
+    last = "control_blocks.1.after_proj.weight"
+    assert torch.equal(averaged[last], expected[f"controlnet.{last}"])
+    assert read_kinds(tmp_path / "run" / "controlnet-ema") == read_kinds(tmp_path / "run" / "adapter-ema")
+    with pytest.raises(UsageError, match="a control branch has no other format than the run's folder `controlnet`"):
+        load_weights(tmp_path / "run" / "adapter", family="cosmos-transfer2.5")
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "latentline infer recipe.toml inputs.json --adapter FOLDER" in card
+    assert "| hints | edge, vis |" in card
     assert told["hints"] == ["edge", "vis"]
     trained = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "trained_weights.safetensors")
     stored = CosmosControlNetModel.from_pretrained(told["controlnet"])
@@ -281,6 +331,9 @@ def test_what_a_run_cannot_train_on_is_one_line(encoded: Recipe, tmp_path: Path)
     snapshot.table = snapshot.table.set_column(place, SNAPSHOT.field("hint_names"), pa.array([names[0], *names[1:]]))
     first = snapshot.sample(0).source
     assert refused(hints={"edge": 1.0}).endswith(f"1 of 8 samples have no edge hint (first: {first})")
+    names[0] = ["edge/0", IMAGE]
+    snapshot.table = snapshot.table.set_column(place, SNAPSHOT.field("hint_names"), pa.array(names))
+    assert "7 of 8 samples have no image_context hint" in refused(hints={"edge": 1.0})
 
 
 def test_projections_that_differ_are_both_in_a_context(tmp_path: Path, tiny_transfer: Path, demo_dataset: Path) -> None:
@@ -317,6 +370,49 @@ def test_hints_are_previewed_and_explained(encoded: Recipe, tmp_path: Path) -> N
     assert {change["field"] for entry in hints for change in entry["changes"]} == {"parameters"}
     status = cache_status(encoded.encode.cache)
     assert status["entries"]["hint"]["entries"] == 32
+
+
+def test_an_image_context_is_explained_and_not_previewed(with_images: Recipe, tmp_path: Path) -> None:
+    shown = cache_preview(with_images.encode.cache, None, snapshot="train", count=1, output=tmp_path / "preview")
+    assert {path.name.split(".")[-2] for path in (tmp_path / "preview").glob("*.*.mp4")} == {"edge", "vis"}
+    explained = cache_explain(with_images, shown["videos"][0]["source"], as_json=True)
+    assert [entry["status"] for entry in explained["entries"] if entry["what"] == "image context"] == ["cached"]
+
+
+def test_two_ranks_with_a_prompt_each_make_what_one_makes(
+    with_images: Recipe, tmp_path: Path, demo_dataset: Path
+) -> None:
+    """The image context is the prompt's; the rank of the negative prompt has zeros."""
+    np.save(tmp_path / "image.npy", np.random.default_rng(0).normal(scale=4, size=(4, 24)).astype(np.float32))
+    video = str(sorted((demo_dataset / "videos").glob("*.mp4"))[0])
+    entry = {"name": "a", "prompt": "a", "video_path": video, "edge": {}, "max_frames": 9, "image_context": "image.npy"}
+    (tmp_path / "in.json").write_text(json.dumps(entry))
+    made = []
+    for ranks, parallel in ((1, "auto"), (2, "cfg")):
+        infer = replace(with_images.infer, output=str(tmp_path / parallel), parallel=parallel)
+        file = write_recipe(tmp_path / f"{ranks}", resolved(replace(with_images, infer=infer)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        done = subprocess.run(
+            [*command, "-m", "pipeline.cli", "infer", str(file), str(tmp_path / "in.json"), "--no-guardrail"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        made.append(read_frames(tmp_path / parallel / "a.mp4").astype(int))
+    assert np.abs(made[0] - made[1]).max() <= 4
+
+
+def test_sample_videos_are_shown_the_image_context(with_images: Recipe, encoded: Recipe, tmp_path: Path) -> None:
+    made = {}
+    for name, recipe in (("with", with_images), ("without", encoded)):
+        samples = SamplesConfig(every=1, count=1, num_steps=2, guidance=3.0)
+        config = replace(recipe.train, output=str(tmp_path / name), steps=1, samples=samples)
+        train_stage(replace(recipe, train=replace(config, optimizer=replace(config.optimizer, lr=1e-12))))
+        [video] = (tmp_path / name / "samples" / "step_00000001").glob("*.mp4")
+        made[name] = read_frames(video).astype(int)
+    assert np.abs(made["with"] - made["without"]).max() > 2
 
 
 def test_lora_in_both_branches_shows_in_samples_and_in_inference(

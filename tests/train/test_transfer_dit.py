@@ -11,6 +11,7 @@ from diffusers import CosmosControlNetModel, CosmosTransformer3DModel
 
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
+from train import cosmos25
 from train import cosmos_transfer25 as family
 from train.config import TrainConfig
 from train.methods import apply_methods
@@ -95,6 +96,8 @@ def test_what_does_not_belong_together_is_refused(tiny_transfer: Path, tiny_chec
     model = ModelConfig(path=str(tiny_checkpoint), family="cosmos-transfer2.5")
     with pytest.raises(UsageError, match=r"has no 'controlnet' folder; set model\.controlnet"):
         family.load_transformer(model, torch.float32)
+    with pytest.raises(UsageError, match=r"no image context; is model\.family 'cosmos2\.5' its own\?"):
+        cosmos25.load_transformer(ModelConfig(path=str(tiny_transfer)), torch.float32)
     with pytest.raises(UsageError, match="takes no control"):
         family.load_transformer(replace(model, controlnet=str(tiny_transfer / "controlnet")), torch.float32)
 
