@@ -1,12 +1,13 @@
 """One control-training step of Cosmos-Transfer2.5 at real size: on the fly against from the cache, random weights.
 
-    python -m benchmarks.control_step [--height 704 --width 1280] [--memory-gib 72] [--commit REV] [--output FILE]
+    python -m benchmarks.control_step [--height 704 --width 1280] [--linears dtype,fp8] [--commit REV] [--output FILE]
     python -m benchmarks.control_step --tiny            the same code on a CPU, in seconds: no number to state
 
 On the fly, every step: Canny of the window, the VAE for the video and for the hint, the text encoder, then diffusers'
 own controlnet and transformer under autocast with gradient checkpointing. From the cache: `train.model`'s own parts,
-with latents, hint and projected context given. Both train the control blocks and the hint's embedder; both losses are
-printed, and where they differ no number is. Decoding and the optimizer are in neither.
+with latents, hint and projected context given; the blocks of the frozen base in 8 bits where asked. All train the
+control blocks and the hint's embedder with AdamW; the first step's losses are compared before any number is stated.
+Decoding is in neither.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from benchmarks.real_checkpoint import TEXT_7B, TRANSFORMER_2B, bfloat16_on
 from manifests.hints import make_hint
 from train import cosmos_transfer25 as family
-from train.activation import LEVELS, choose_levels, measure, set_levels
+from train.activation import measured_plan, set_levels
 from train.attention import choose_kernel, use_kernel
 from train.config import ObjectiveConfig
+from train.fp8 import quantise_base
 from train.transfer_dit import attach_controlnet
 
 LENGTH = 512
@@ -139,33 +141,83 @@ def online_loss(models: Models, frames: np.ndarray) -> torch.Tensor:
         return family.loss(stock, batch, ObjectiveConfig(conditioning_timestep=0.1))
 
 
-def timed(call: Callable[[], torch.Tensor], models: Models, repeats: int) -> tuple[float, float, float]:
-    """(median seconds of a step with its backward pass, peak GiB, loss)."""
-    seconds, loss = [], torch.zeros(())
-    for repeat in range(repeats + 2):
-        for parameter in models.trained:
-            parameter.grad = None
+def steps(call: Callable[[], torch.Tensor], models: Models, repeats: int, lr: float) -> tuple[float, float, float]:
+    """(median seconds of an optimizer step, peak GiB, loss of the first step)."""
+    optimizer = torch.optim.AdamW(models.trained, lr=lr, fused=models.device.type == "cuda")
+    seconds, losses = [], []
+    for repeat in range(repeats + 1):
         if models.device.type == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            if repeat == 1:  # the first step compiles, and tries out kernels
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         loss = call().sum()
         loss.backward()
-        if models.device.type == "cuda":
-            torch.cuda.synchronize()
-        if repeat >= 2:
-            seconds.append(time.perf_counter() - begin)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if models.device.type == "cuda" else 0.0
-    return statistics.median(seconds), peak, float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(models.trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        seconds.append(time.perf_counter() - begin)
+        print(f"{losses[-1]:.5f} in {seconds[-1]:.3f} s", flush=True)
+    return statistics.median(seconds[1:]), peak_gib(models.device), losses[0]
+
+
+def peak_gib(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+
+
+class Cached:
+    """Training from the cache: what is cached, the joined model, and how its blocks keep their activations."""
+
+    def __init__(self, models: Models, frames: np.ndarray, memory_gib: float) -> None:
+        self.models, self.memory_gib = models, memory_gib
+        latents, hint, text = models.latents(frames), models.latents(hint_of(frames)), models.context()
+        with torch.no_grad():
+            context = models.base.crossattn_proj(text)
+        self.batch = drawn(latents.shape, models.device) | {"latents": latents, "hint": hint, "context": context}
+        del models.vae, models.text, text
+        self.joined = attach_controlnet(models.base, models.net)
+        family.drop_projections(self.joined)
+        self.joined.train()
+        shape = family.attention_shape(self.joined, tuple(latents.shape[1:]))
+        self.kernel = choose_kernel(shape, models.dtype, models.device)
+
+    def plan(self) -> str:
+        """Plan the memory of all blocks as `train.model` does; its description."""
+        blocks, device = family.blocks(self.joined), self.models.device
+        if self.models.tiny:
+            return "none (CPU)"
+        gc.collect()
+        torch.cuda.empty_cache()
+        # Gradients, two moments, and the copy of trained weights that autocast makes.
+        resident = torch.cuda.memory_allocated() + 14 * sum(p.numel() for p in self.models.trained)
+        inputs = family.block_inputs(self.joined, tuple(self.batch["latents"].shape), LENGTH, device)
+        with use_kernel(self.kernel), self.models.autocast():
+            chosen = measured_plan(
+                blocks[1],
+                inputs,
+                num_blocks=len(blocks),
+                resident=resident,
+                limit=int(self.memory_gib * 2**30),
+            )
+        set_levels(blocks, chosen.levels, compiled=True)
+        return chosen.describe()
+
+    def loss(self) -> torch.Tensor:
+        with use_kernel(self.kernel), self.models.autocast():
+            return family.loss(self.joined, self.batch, ObjectiveConfig(conditioning_timestep=0.1))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--height", type=int, default=704)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--num-frames", type=int, default=93)
     parser.add_argument("--memory-gib", type=float, default=72.0)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--linears", default="dtype", help="of the frozen base: dtype, or dtype,fp8 to time both")
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps; on the fly one step takes half a minute")
+    parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--tiny", action="store_true")
@@ -179,56 +231,42 @@ def main() -> None:
     if not options.tiny:
         models.base.enable_gradient_checkpointing()
         models.net.enable_gradient_checkpointing()
-    online = timed(lambda: online_loss(models, frames), models, options.repeats)
-
-    latents, hint, text = models.latents(frames), models.latents(hint_of(frames)), models.context()
-    with torch.no_grad():
-        context = models.base.crossattn_proj(text)
-    batch = drawn(latents.shape, device) | {"latents": latents, "hint": hint, "context": context}
+    before = [parameter.detach().clone() for parameter in models.trained]
+    seconds, peak, expected = steps(lambda: online_loss(models, frames), models, options.repeats, options.lr)
+    rows = [f"| on the fly | {seconds:.3f} | {peak:.1f} | 1.00 | {expected:.5f} |"]
+    print(rows[-1], flush=True)
     models.base.disable_gradient_checkpointing()
     models.net.disable_gradient_checkpointing()
-    del text
-    models.vae, models.text = models.vae.to("cpu"), models.text.to("cpu")
-    gc.collect()
-    joined = attach_controlnet(models.base, models.net)
-    family.drop_projections(joined)
-    joined.train()
-    blocks = family.blocks(joined)
-    plan = "none (CPU)"
-    kernel = choose_kernel(family.attention_shape(joined, tuple(latents.shape[1:])), models.dtype, device)
-    with use_kernel(kernel):
-        if not options.tiny:
-            torch.cuda.empty_cache()
-            resident = torch.cuda.memory_allocated() + 2 * 4 * sum(p.numel() for p in models.trained)
-            # A block of the base: those of the control branch keep their weights' gradients besides.
-            kept, working = measure(
-                blocks[1], family.block_inputs(joined, tuple(latents.shape), LENGTH, device), LEVELS
-            )
-            limit = int(options.memory_gib * 2**30)
-            chosen = choose_levels(len(blocks), resident=resident, kept=kept, working=working, limit=limit)
-            set_levels(blocks, chosen.levels, compiled=True)
-            plan = chosen.describe()
-
-        def cached_loss() -> torch.Tensor:
-            with models.autocast():
-                return family.loss(joined, batch, ObjectiveConfig(conditioning_timestep=0.1))
-
-        cached = timed(cached_loss, models, options.repeats)
-    difference = abs(cached[2] - online[2]) / abs(online[2])
-    lines = [
-        f"{'CPU, tiny' if options.tiny else torch.cuda.get_device_name()}; {date.today()}; commit {options.commit}; "
-        f"torch {version('torch')}, diffusers {version('diffusers')}",
-        f"{options.height}x{options.width}x{options.num_frames}, attention {kernel}, activation {plan}",
-        f"loss on the fly {online[2]:.5f}, from the cache {cached[2]:.5f} (relative difference {difference:.1e})",
-        f"on the fly {online[0]:.3f} s a step, peak {online[1]:.1f} GiB",
-        f"from the cache {cached[0]:.3f} s a step, peak {cached[1]:.1f} GiB",
-        f"ratio {online[0] / cached[0]:.2f}",
-    ]
-    if difference > (1e-5 if options.tiny else 2e-2):
-        raise SystemExit("\n".join([*lines, "the losses differ: not the same training"]))
-    print("\n".join(lines))
+    cached = Cached(models, frames, options.memory_gib)
+    notes = [f"attention: {cached.kernel}"]
+    for linears in options.linears.split(","):
+        for parameter, value in zip(models.trained, before, strict=True):
+            parameter.data.copy_(value)
+        if linears == "fp8":
+            quantise_base(list(cached.joined.transformer_blocks), family.TOKEN_LINEARS, device)
+        plan = cached.plan()
+        ours, peak, loss = steps(cached.loss, models, options.repeats, options.lr)
+        difference = abs(loss - expected) / abs(expected)
+        name = "from the cache" + (", fp8 linears in the base" if linears == "fp8" else "")
+        rows.append(f"| {name} | {ours:.3f} | {peak:.1f} | {seconds / ours:.2f} | {loss:.5f} |")
+        notes.append(f"{name}: {plan}; measured {peak:.1f} GiB; first loss {difference:.1e} from on the fly's")
+        print(notes[-1], rows[-1], sep="\n", flush=True)
+        if difference > (1e-5 if options.tiny else 2e-2):
+            raise SystemExit("the losses differ: not the same training")
+    text = "\n\n".join(
+        [
+            f"# Control training step at {options.height}x{options.width}x{options.num_frames}, batch 1, bfloat16, "
+            "random weights",
+            f"{'CPU, tiny' if options.tiny else torch.cuda.get_device_name()}, torch {version('torch')}, diffusers "
+            f"{version('diffusers')}, {date.today()}, commit {options.commit}",
+            "\n".join(["| step | s | peak GiB | on the fly / this | loss |", "|---|---|---|---|---|", *rows]),
+            "\n".join(f"- {note}" for note in notes),
+            "Command: `python -m benchmarks.control_step --linears dtype,fp8`",
+        ]
+    )
+    print(text)
     if options.output:
-        options.output.write_text("\n".join(lines) + "\n")
+        options.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ def test_values_and_gradients_are_the_exact_gelu_s():
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e30, 1e30])]).requires_grad_()
     exact = x.detach().double().requires_grad_()
     y, expected = gelu(x), F.gelu(exact)
-    assert ((y - expected).abs() <= 2e-7 * exact.abs().clamp(min=1)).all()
+    assert ((y - expected).abs() <= 4e-7 * exact.abs().clamp(min=1)).all()
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     y.backward(grad)
     expected.backward(grad.double())
-    assert (x.grad - exact.grad).abs().max() < 3e-6
+    assert (x.grad - exact.grad).abs().max() < 1e-6
     assert gelu(torch.tensor([torch.nan])).isnan().all()
 
 
