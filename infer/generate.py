@@ -32,7 +32,7 @@ from infer.inputs import check_names
 from infer.progress import VideoProgress, track
 from infer.request import Request
 from infer.results import Result, fingerprints, read_fingerprint, read_records, write_results
-from infer.studio import Studio
+from infer.studio import Studio, check_base_linears
 from infer.team import Team, choose_layout, from_rank_0, in_team, open_store
 from infer.video import contact_sheet, read_spread
 from manifests.config import ModelConfig
@@ -104,6 +104,7 @@ def generate(
     output = Path(config.output)
     _check_output(output)
     with join() if ranks is None else nullcontext(ranks) as ranks:
+        check_base_linears(config, ranks.device)
         store = open_store(ranks)
         prints, kept = from_rank_0(
             ranks,

@@ -81,6 +81,8 @@ def fingerprints(
         [files_digest(component_folder(model, name), ("*.json",)) for name in _CONFIGS],
         [adapters, config.fuse, config.dtype, config.fps, config.conditioning_timestep, guardrail],
     ]
+    if config.base_linears != "dtype":
+        shared.append(config.base_linears)
     if any(request.controls for request in requests):
         named = [replace(model, controlnet=net.path, controlnet_revision=net.revision) for net in _nets(config)]
         shared.append([weights_digest(component_folder(one, "controlnet")) for one in (model, *named)])

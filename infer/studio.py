@@ -27,8 +27,9 @@ from infer.team import Team
 from infer.trained import load_trained_weights
 from infer.video import Frames, video_writer
 from manifests.config import ModelConfig
-from manifests.errors import LatentlineError
+from manifests.errors import LatentlineError, UsageError
 from manifests.family import find_family
+from train.fp8 import check_device, quantise_base
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _log = logging.getLogger(__name__)
@@ -68,6 +69,9 @@ class Studio:
         if config.controlnets:
             family.add_controlnets(pipe, model, config.controlnets, dtype=_DTYPES[config.dtype])
         load_adapters(pipe, load_trained_weights(pipe, config.adapters), fuse=config.fuse)
+        if config.base_linears == "fp8":  # after adapters: they find plain layers, and fused ones are in the weights
+            blocks = pipe.transformer.transformer_blocks
+            quantise_base(blocks, find_family("train", model).TOKEN_LINEARS, team.ranks.device)
         found = _rejected(family, pipe, requests) if team.is_leader else None
         rejected = json.loads(team.share("rejected", None if found is None else json.dumps(found).encode()))
         texts = dict.fromkeys(text for request in requests for text in _texts(request))
@@ -143,6 +147,15 @@ class Studio:
                     write(piece_THWC)
         if self.config.side_by_side:
             self.family.write_side_by_side(request, path)
+
+
+def check_base_linears(config: InferConfig, device: torch.device) -> None:
+    """Raise UsageError unless `infer.base_linears` goes with the dtype and the device."""
+    if config.base_linears == "dtype":
+        return
+    if config.dtype != "bfloat16":
+        raise UsageError(f"infer.base_linears = fp8 goes with infer.dtype = bfloat16, not {config.dtype}")
+    check_device(device, "infer")
 
 
 def _rejected(family: ModuleType, pipe: Any, requests: Sequence[Request]) -> dict[str, str]:

@@ -60,7 +60,7 @@ def quantise_base(blocks: Sequence[nn.Module], names: Sequence[str], device: tor
             plain = module.base_layer if isinstance(module, LoraLinear) else module
             if any(size % 16 for size in plain.weight.shape):
                 raise UsageError(
-                    f"train.base_linears = fp8: {name} is {plain.in_features} x {plain.out_features}, and 8-bit "
+                    f"base_linears = fp8: {name} is {plain.in_features} x {plain.out_features}, and 8-bit "
                     "products want multiples of 16; set it to dtype"
                 )
             quantised = Fp8Linear(plain.weight.detach().to(device))
@@ -70,8 +70,8 @@ def quantise_base(blocks: Sequence[nn.Module], names: Sequence[str], device: tor
                 module.base_layer = quantised
 
 
-def check_device(device: torch.device) -> None:
-    """Raise `UsageError` unless the device multiplies 8-bit floating point."""
+def check_device(device: torch.device, section: str = "train") -> None:
+    """Raise `UsageError` unless the device multiplies 8-bit floating point. section: of the recipe, to name in it."""
     found = "a CPU"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -80,7 +80,7 @@ def check_device(device: torch.device) -> None:
         found = f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}"
     first = ".".join(map(str, FIRST_CAPABILITY))
     raise UsageError(
-        f"train.base_linears = fp8 needs an NVIDIA GPU of compute capability {first} or later (Ada, Hopper, "
+        f"{section}.base_linears = fp8 needs an NVIDIA GPU of compute capability {first} or later (Ada, Hopper, "
         f"Blackwell), this is {found}; set it to dtype"
     )
 
