@@ -1,17 +1,19 @@
 """Guided sampling at real size: diffusers' pipeline against ours, in one process on one GPU, random weights.
 
-    python -m benchmarks.inference [--steps 5] [--scale-to 36] [--commit REV] [--output FILE]
+    python -m benchmarks.inference [--steps 5] [--scale-to 36] [--linears dtype,fp8] [--commit REV] [--output FILE]
 
 Both start from contexts at hand and end with frames in host memory, as floats (diffusers) and as bytes (ours).
 `--steps` steps are measured, and the whole is scaled: seconds a step times `--scale-to`, plus what does not depend on
 steps (VAE encode and decode). The correctness check comes first: one prediction of the transformer and one decoded
-clip, both in bfloat16, against float32.
+clip, both in bfloat16, against float32; one with the base's linear layers in 8 bits, whose error is larger and
+reported. So is the PSNR of all frames against those of diffusers' pipeline.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
 import time
 from collections.abc import Callable
 from datetime import date
@@ -19,18 +21,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
 from PIL import Image
 
 from benchmarks.real_checkpoint import TRANSFORMER_2B, bfloat16_on
-from benchmarks.training_step import clear, peak_gib
+from benchmarks.training_step import DEVICE, clear, peak_gib
 from encode.cosmos25_models import accelerate_vae
 from infer import denoise as loop
 from infer.loading import NoGuardrail
 from pipeline.demo.checkpoint import build_scheduler
 from train.activation import set_levels
+from train.cosmos25 import TOKEN_LINEARS
 from train.dit import accelerate
+from train.fp8 import quantise_base
 
 GUIDANCE = 7.0
 
@@ -70,12 +75,16 @@ def check(transformer: CosmosTransformer3DModel, fast: CosmosTransformer3DModel,
     floats = {name: value.float() if torch.is_tensor(value) else value for name, value in given.items()}
     exact = exact_model(**floats)[0]
     errors = {}
-    for name, model in (("stock", transformer), ("ours", fast)):
+    eight_bits = copy.deepcopy(fast)
+    quantise_base(eight_bits.transformer_blocks, TOKEN_LINEARS, DEVICE)
+    for name, model in (("stock", transformer), ("ours", fast), ("fp8", eight_bits)):
         output = model(**given)[0].float()
         errors[name] = float((output - exact).norm() / exact.norm())
-    if errors["ours"] > errors["stock"] * 1.02:
-        raise SystemExit(f"ours is less exact than stock bfloat16: {errors}")
-    return f"error of a prediction against float32: stock {errors['stock']:.4f}, ours {errors['ours']:.4f}"
+    if errors["ours"] > errors["stock"] * 1.02 or not errors["fp8"] < 0.2:
+        raise SystemExit(f"ours is less exact than stock bfloat16, or far off in 8 bits: {errors}")
+    return "error of a prediction against float32: " + ", ".join(
+        f"{name} {error:.4f}" for name, error in errors.items()
+    )
 
 
 @torch.no_grad()
@@ -90,6 +99,10 @@ def check_decode(vae: AutoencoderKLWan, fast: AutoencoderKLWan) -> str:
     if not errors["ours"] <= errors["stock"] * 1.02:
         raise SystemExit(f"our decoder is less exact than stock bfloat16: {errors}")
     return f"error of decoded frames against float32: stock {errors['stock']:.4f}, ours {errors['ours']:.4f}"
+
+
+def psnr(squared_error: float) -> float:
+    return -10 * math.log10(squared_error)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -108,6 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="measured")
     parser.add_argument("--scale-to", type=int, default=36)
     parser.add_argument("--modes", default="text,image")
+    parser.add_argument("--linears", default="dtype", help="of the base, ours: dtype, or dtype,fp8 for both")
     parser.add_argument("--no-batch", action="store_true", help="also time two predictions a step, one after the other")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--output", type=Path)
@@ -156,25 +170,38 @@ def main() -> None:
         return loop.to_bytes(loop.decode(fast, latents, options.num_frames))
 
     rows = []
+    frames = {}
     fits = loop._fits
 
     def measure(name: str, mode: str, call: Callable[[str, int], Any]) -> None:
         clear()
         seconds(lambda: call(mode, 1))  # kernels are chosen, compiled and loaded
         one = seconds(lambda: call(mode, 1))
-        many = seconds(lambda: call(mode, options.steps))
+        many = seconds(lambda: frames.__setitem__((name, mode), call(mode, options.steps)))
         step = (many - one) / (options.steps - 1)
         whole = one + step * (options.scale_to - 1)
         rows.append((name, mode, step, one - step, whole, peak_gib()))
         print(*rows[-1], flush=True)
 
-    for mode in options.modes.split(","):
+    modes = options.modes.split(",")
+    for mode in modes:
         measure("diffusers", mode, stock)
-        measure("ours", mode, ours)
-        if options.no_batch:
-            loop._fits = lambda *args: False
-            measure("ours, one prediction at a time", mode, ours)
-            loop._fits = fits
+    for linears in options.linears.split(","):
+        name = "ours"
+        if linears == "fp8":
+            name = "ours, fp8 linears"
+            quantise_base(blocks, TOKEN_LINEARS, DEVICE)
+            set_levels(blocks, ["none"] * len(blocks), compiled=True)
+        for mode in modes:
+            measure(name, mode, ours)
+            if options.no_batch:
+                loop._fits = lambda *args: False
+                measure(f"{name}, one prediction at a time", mode, ours)
+                loop._fits = fits
+    for (name, mode), video in frames.items():
+        if name != "diffusers":
+            off = float(np.square(np.float32(video) / 255 - frames["diffusers", mode]).mean())
+            notes.append(f"{name}, {mode}: PSNR of {options.steps} steps' frames against diffusers' {psnr(off):.1f} dB")
     shape = (1, 16, (options.num_frames - 1) // 4 + 1, options.height // 8, options.width // 8)
     kernel = loop._kernel_for(fast.transformer, torch.empty(shape, device="cuda"), 2)
     notes.append(f"attention: {kernel}; {options.steps} steps measured, scaled to {options.scale_to}")

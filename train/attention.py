@@ -32,6 +32,9 @@ SAVED_OPS = (
 _log = logging.getLogger(__name__)
 _kernel: Kernel = "sdpa"
 
+_RUNS = 4
+"""With 16 heads and 512 keys in blocks of 128: 256 programs, two rounds of an H200's 132 multiprocessors."""
+
 
 def attend(query_BNHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor) -> Tensor:
     """Softmax attention without mask, scale 1 / sqrt(D), by the kernel in use: [B, N, H, D]."""
@@ -39,6 +42,16 @@ def attend(query_BNHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor) -> Tensor:
         return torch.ops.latentline.flash4(query_BNHD, key_BLHD, value_BLHD)[0]
     query, key, value = (tensor.transpose(1, 2) for tensor in (query_BNHD, key_BLHD, value_BLHD))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def attend_to_few(query_BNHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor) -> Tensor:
+    """`attend`, for few keys and many queries: these are cut into runs that count as samples.
+
+    The backward pass works by blocks of keys and by samples; a text's few blocks alone would leave half of the GPU idle.
+    """
+    runs = next(count for count in (_RUNS, 3, 2, 1) if query_BNHD.shape[1] % count == 0)
+    key, value = (tensor.repeat_interleave(runs, 0) for tensor in (key_BLHD, value_BLHD))
+    return attend(query_BNHD.unflatten(1, (runs, -1)).flatten(0, 1), key, value).unflatten(0, (-1, runs)).flatten(1, 2)
 
 
 @contextmanager

@@ -21,12 +21,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_cosmos import CosmosTransformerBlock
 from torch import Tensor, nn
 
-from train.attention import attend
+from train.attention import attend, attend_to_few
 from train.context_parallel import all_tokens, own_rows, own_tokens, whole
 from train.flops import attention_flops, linear_flops
 from train.gelu import gelu
 from train.linear import linear, stacked_linear
 from train.normalise import normalise
+from train.rotary import normed_and_rotated, rms
 from train.temporal import ADAPTER
 
 
@@ -200,23 +201,28 @@ def _per_frame(x: Tensor, num_times: int) -> Tensor:
     return x.unflatten(1, (num_times, -1))
 
 
-def _scaled(norm: nn.Module, x: Tensor, shift_BTC: Tensor, scale_BTC: Tensor) -> Tensor:
-    normed = normalise(x, norm.norm.eps)
+def _scaled(eps: float, x: Tensor, shift_BTC: Tensor, scale_BTC: Tensor) -> Tensor:
+    normed = normalise(x, eps)
     shift, scale = shift_BTC.float().unsqueeze(2), scale_BTC.float().unsqueeze(2)
     return (_per_frame(normed, shift_BTC.shape[1]) * (1 + scale) + shift).to(x.dtype).flatten(1, 2)
+
+
+# For the norm after the blocks: these are compiled whole.
+_compiled_scaled = torch.compile(_scaled, fullgraph=True, dynamic=False)
 
 
 def _modulated(norm: nn.Module, x: Tensor, embedded_BTC: Tensor, temb_BTC: Tensor) -> tuple[Tensor, Tensor]:
     """AdaLN-Zero: the normalised, shifted and scaled x, and the gate [B, T, C]."""
     modulation = norm.linear_2(norm.linear_1(F.silu(embedded_BTC))) + temb_BTC
     shift, scale, gate = modulation.chunk(3, -1)
-    return _scaled(norm, x, shift, scale), gate
+    return _scaled(norm.norm.eps, x, shift, scale), gate
 
 
 def _final_norm(norm: nn.Module, x: Tensor, embedded_BTC: Tensor, temb_BTC: Tensor) -> Tensor:
     modulation = norm.linear_2(norm.linear_1(F.silu(embedded_BTC))) + temb_BTC[..., : 2 * x.shape[-1]]
     shift, scale = modulation.chunk(2, -1)
-    return _scaled(norm, x, shift, scale)
+    scaled = _compiled_scaled if x.is_cuda else _scaled
+    return scaled(norm.norm.eps, x, shift, scale)
 
 
 def _gated(x: Tensor, gate_BTC: Tensor, y: Tensor) -> Tensor:
@@ -229,26 +235,15 @@ def _heads(x: Tensor, attn: Any) -> Tensor:
     return x.unflatten(2, (attn.heads, -1))
 
 
-def _rms(norm: nn.Module, x_BNHD: Tensor) -> Tensor:
-    x = x_BNHD.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
-
-
-def _rotated(x_BNHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-    """Rotate halves, float32, as diffusers' `apply_rotary_emb(use_real_unbind_dim=-2)`."""
-    first, second = x_BNHD.chunk(2, -1)
-    return x_BNHD * cos_ND.unsqueeze(1) + torch.cat([-second, first], -1) * sin_ND.unsqueeze(1)
-
-
 def _self_attention(attn: Any, x: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
     query, key, value = (_heads(y, attn) for y in stacked_linear([attn.to_q, attn.to_k, attn.to_v], x))
-    query = _rotated(_rms(attn.norm_q, query), cos_ND, sin_ND).to(x.dtype)
-    key = _rotated(_rms(attn.norm_k, key), cos_ND, sin_ND).to(x.dtype)
+    query = normed_and_rotated(attn.norm_q, query, cos_ND, sin_ND)
+    key = normed_and_rotated(attn.norm_k, key, cos_ND, sin_ND)
     return linear(attn.to_out[0], attend(query, *all_tokens(key, value)).flatten(2))
 
 
 def _text_attention(attn: Any, x: Tensor, context: Tensor) -> Tensor:
-    query = _rms(attn.norm_q, _heads(linear(attn.to_q, x), attn)).to(x.dtype)
+    query = rms(attn.norm_q, _heads(linear(attn.to_q, x), attn)).to(x.dtype)
     key, value = (_heads(y, attn) for y in stacked_linear([attn.to_k, attn.to_v], context))
-    key = _rms(attn.norm_k, key).to(x.dtype)
-    return attend(query, key, value).flatten(2)
+    key = rms(attn.norm_k, key).to(x.dtype)
+    return attend_to_few(query, key, value).flatten(2)
