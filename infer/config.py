@@ -59,8 +59,8 @@ class InferConfig:
     controlnets: of a Transfer model: the controlnet of each kind of hint; kinds without use `model.controlnet`.
     side_by_side: of a Transfer model: also write each video beside its hints and its input, in `side_by_side/`.
     grid: also write `grid.mp4`, the videos side by side.
-    base_linears: how the wide linear layers of the base compute. `dtype`: in `dtype`. `fp8`: in 8-bit floating point with
-    a scale a row, adapters as they are; faster and less exact (benchmarks/results/inference_*.md), for
+    base_linears: how the wide linear layers of the base compute. `dtype`: in `dtype`. `fp8`: in 8-bit floating point
+    with a scale a row, adapters as they are; faster and less exact (benchmarks/results/inference_*.md), for
     `dtype = bfloat16` and GPUs from Ada and Hopper. The control branch of a Transfer model stays in `dtype`.
     ground_truth: folder with `<name>.mp4` for each request, to compare with by PSNR and SSIM.
     """

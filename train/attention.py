@@ -47,7 +47,7 @@ def attend(query_BNHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor) -> Tensor:
 def attend_to_few(query_BNHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor) -> Tensor:
     """`attend`, for few keys and many queries: these are cut into runs that count as samples.
 
-    The backward pass works by blocks of keys and by samples; a text's few blocks alone would leave half of the GPU idle.
+    The backward pass works by blocks of keys and by samples; a text's few blocks would leave half of the GPU idle.
     """
     runs = next(count for count in (_RUNS, 3, 2, 1) if query_BNHD.shape[1] % count == 0)
     key, value = (tensor.repeat_interleave(runs, 0) for tensor in (key_BLHD, value_BLHD))

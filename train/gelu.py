@@ -1,8 +1,8 @@
 """The exact GELU, x P(X < x) for a standard normal X, with fewer instructions than the library's error function.
 
 P(X < x) is 1 / (1 + 2^-z) for an odd z; seven terms of it, fitted to P on [-6, 6], are within 3e-7 in float32
-everywhere. On a GPU that is an exponential, a reciprocal and 10 other instructions a value, few enough to wait for memory
-(benchmarks/notes.md). 1 / y is written as the square of y^(-1/2): one instruction where a division takes six.
+everywhere. On a GPU that is few enough instructions to wait for memory instead (benchmarks/notes.md). 1 / y is written
+as the square of y^(-1/2): two instructions where a division takes six.
 """
 
 from __future__ import annotations
