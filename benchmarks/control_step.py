@@ -17,9 +17,6 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from diffusers import AutoencoderKLWan, CosmosControlNetModel, CosmosTransformer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.real_checkpoint import TEXT_7B, TRANSFORMER_2B, bfloat16_on
+from benchmarks.report import add_arguments, bullets, report, table
 from manifests.hints import make_hint
 from train import cosmos_transfer25 as family
 from train.activation import measured_plan, set_levels
@@ -218,8 +216,7 @@ def main() -> None:
     parser.add_argument("--linears", default="dtype", help="of the frozen base: dtype, or dtype,fp8 to time both")
     parser.add_argument("--repeats", type=int, default=2, help="timed steps; on the fly one step takes half a minute")
     parser.add_argument("--lr", type=float, default=1e-6)
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
+    add_arguments(parser)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
@@ -253,20 +250,15 @@ def main() -> None:
         print(notes[-1], rows[-1], sep="\n", flush=True)
         if difference > (1e-5 if options.tiny else 2e-2):
             raise SystemExit("the losses differ: not the same training")
-    text = "\n\n".join(
-        [
-            f"# Control training step at {options.height}x{options.width}x{options.num_frames}, batch 1, bfloat16, "
-            "random weights",
-            f"{'CPU, tiny' if options.tiny else torch.cuda.get_device_name()}, torch {version('torch')}, diffusers "
-            f"{version('diffusers')}, {date.today()}, commit {options.commit}",
-            "\n".join(["| step | s | peak GiB | on the fly / this | loss |", "|---|---|---|---|---|", *rows]),
-            "\n".join(f"- {note}" for note in notes),
-            "Command: `python -m benchmarks.control_step --linears dtype,fp8`",
-        ]
+    report(
+        options,
+        f"Control training step at {options.height}x{options.width}x{options.num_frames}, batch 1, bfloat16, random "
+        "weights",
+        table(["step", "s", "peak GiB", "on the fly / this", "loss"], rows),
+        bullets(notes),
+        command=f"python -m benchmarks.control_step --linears {options.linears} --repeats {options.repeats}",
+        packages=("torch", "diffusers"),
     )
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

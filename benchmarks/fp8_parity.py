@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from diffusers import CosmosTransformer3DModel
 
+from benchmarks.report import add_arguments, report, table
 from benchmarks.training_step import DEVICE, RANK, batch, clear, random_context, transformer
 from train import cosmos25, fp8
 from train.activation import set_levels
@@ -91,8 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
+    add_arguments(parser)
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     errors = gradient_errors()
@@ -104,24 +101,20 @@ def main() -> None:
     apart = [abs(eight - sixteen) / sixteen for sixteen, eight in pairs]
     if max(apart) > 0.02:
         raise SystemExit(f"losses are {max(apart):.1%} apart: {pairs}")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft"))
     shown = sorted({*range(0, options.steps, max(1, options.steps // 10)), options.steps - 1})
-    steps = [f"| {i + 1} | {pairs[i][0]:.5f} | {pairs[i][1]:.5f} | {apart[i]:.3%} |" for i in shown]
-    text = "\n\n".join(
-        [
-            f"# Frozen linear layers in 8 bits against bfloat16, LoRA r{RANK}, random weights",
-            f"{torch.cuda.get_device_name()}, {packages}, {date.today()}, commit {options.commit}",
-            "\n".join(["| base | error of LoRA gradients against float32 | cosine |", "|---|---|---|", *errors]),
-            "\n".join(["| step | loss, bfloat16 | loss, fp8 | apart |", "|---|---|---|---|", *steps]),
-            f"Largest difference of {options.steps} steps {max(apart):.3%}, mean {sum(apart) / len(apart):.3%}; "
-            f"learning rate {options.lr:g}, {SAMPLES} samples in turn. Gradients: 8 layers, 4 latent frames; losses: "
-            "28 layers, 432x768x93.",
-            "Command: `python -m benchmarks.fp8_parity`",
-        ]
+    report(
+        options,
+        f"Frozen linear layers in 8 bits against bfloat16, LoRA r{RANK}, random weights",
+        table(["base", "error of LoRA gradients against float32", "cosine"], errors),
+        table(
+            ["step", "loss, bfloat16", "loss, fp8", "apart"],
+            [f"| {i + 1} | {pairs[i][0]:.5f} | {pairs[i][1]:.5f} | {apart[i]:.3%} |" for i in shown],
+        ),
+        f"Largest difference of {options.steps} steps {max(apart):.3%}, mean {sum(apart) / len(apart):.3%}; "
+        f"learning rate {options.lr:g}, {SAMPLES} samples in turn. Gradients: 8 layers, 4 latent frames; losses: "
+        "28 layers, 432x768x93.",
+        command=f"python -m benchmarks.fp8_parity --steps {options.steps}",
     )
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,6 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +24,7 @@ from diffusers import AutoencoderKLWan, Cosmos2_5_PredictBasePipeline, CosmosTra
 from PIL import Image
 
 from benchmarks.real_checkpoint import TRANSFORMER_2B, bfloat16_on
+from benchmarks.report import add_arguments, bullets, report, table
 from benchmarks.training_step import DEVICE, clear, peak_gib
 from encode.cosmos25_models import accelerate_vae
 from infer import denoise as loop
@@ -123,8 +121,7 @@ def main() -> None:
     parser.add_argument("--modes", default="text,image")
     parser.add_argument("--linears", default="dtype", help="of the base, ours: dtype, or dtype,fp8 for both")
     parser.add_argument("--no-batch", action="store_true", help="also time two predictions a step, one after the other")
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
+    add_arguments(parser)
     options = parser.parse_args()
     pipe = build()
     size = {"height": options.height, "width": options.width, "num_frames": options.num_frames}
@@ -210,24 +207,17 @@ def main() -> None:
         f"| {name} | {mode} | {step:.3f} | {rest:.2f} | {whole:.1f} | {peak:.1f} | {baselines[mode] / whole:.2f} |"
         for name, mode, step, rest, whole, peak in rows
     ]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
-    text = "\n\n".join(
-        [
-            f"# {options.scale_to}-step guided sampling at {options.height}x{options.width}x{options.num_frames}, bf16",
-            f"{torch.cuda.get_device_name()}, {packages}, {date.today()}, commit {options.commit}",
-            "\n".join(
-                [
-                    f"| pipeline | from | s/step | rest s | {options.scale_to} steps s | peak GiB | diffusers / this |",
-                    "|---|---|---|---|---|---|---|",
-                    *lines,
-                ]
-            ),
-            "\n".join(f"- {note}" for note in notes),
-        ]
+    report(
+        options,
+        f"{options.scale_to}-step guided sampling at {options.height}x{options.width}x{options.num_frames}, bf16",
+        table(
+            ["pipeline", "from", "s/step", "rest s", f"{options.scale_to} steps s", "peak GiB", "diffusers / this"],
+            lines,
+        ),
+        bullets(notes),
+        command=f"python -m benchmarks.inference --steps {options.steps} --linears {options.linears}",
+        packages=("torch", "diffusers", "transformers", "peft"),
     )
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

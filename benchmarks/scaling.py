@@ -14,13 +14,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from benchmarks.real_checkpoint import build
+from benchmarks.report import add_arguments, report, table
 from pipeline.recipe import to_toml
 
 STEPS = 12
@@ -70,8 +69,7 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
+    add_arguments(parser)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="latentline-"))
     path = recipe(folder, build(options.checkpoint or folder / "checkpoint"), options.videos)
@@ -87,15 +85,7 @@ def main() -> None:
             {"context_parallel": 2, "batch_size": many // 2, "activation": '"selective"'},
         ),
     ]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft"))
-    lines = [
-        "# Training from real shards at 432x768x93 on several GPUs, LoRA r32, bfloat16",
-        "",
-        f"{many} x {torch.cuda.get_device_name()}, {packages}, {date.today()}, commit {options.commit}",
-        "",
-        "| run | s/step | samples/s per GPU | against 1 GPU | data wait | TFLOP/s | MFU | peak GiB | loss |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     single = None
     for name, gpus, settings in runs:
         got = train(path, gpus, **settings)
@@ -114,10 +104,14 @@ def main() -> None:
         ]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.output:
-        options.output.write_text(text)
+    columns = ["run", "s/step", "samples/s per GPU", "against 1 GPU", "data wait", "TFLOP/s", "MFU", "peak GiB", "loss"]
+    report(
+        options,
+        "Training from real shards at 432x768x93 on several GPUs, LoRA r32, bfloat16",
+        table(columns, lines),
+        command=f"python -m benchmarks.scaling --videos FOLDER --gpus {many}",
+        gpus=many,
+    )
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.random_job import latent_shape, make_job, recipe_of, records_of, seconds_per_step
+from benchmarks.report import add_arguments, bullets, report, table
 from manifests.errors import LatentlineError
 from pipeline.stages import train_stage
 
@@ -58,8 +57,7 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="run this one, in --folder, and print what came of it")
     parser.add_argument("--folder", type=Path, help="where the job is, or is made and left")
     parser.add_argument("--at-once", action="store_true", help="all cases side by side; their times then say nothing")
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
+    add_arguments(parser)
     options = parser.parse_args()
     if options.case is not None:
         print(json.dumps(run_case(options.folder, *CASES[options.case], options.cap_gib, options.tiny)))
@@ -79,7 +77,7 @@ def main() -> None:
 
         with ThreadPoolExecutor(len(CASES) if options.at_once else 1) as pool:
             rows = [(*CASES[index], told) for index, told in enumerate(pool.map(case, range(len(CASES))))]
-    lines = ["| size | activation | s/step | peak allocated GiB | held by the allocator GiB |", "|---|---|---|---|---|"]
+    lines = []
     for size, activation, _, told in rows:
         if "error" in told:
             lines.append(f"| {size} | {activation} | out of memory | | |")
@@ -87,21 +85,15 @@ def main() -> None:
             seconds = "-" if options.at_once else f"{told['seconds']:.3f}"
             numbers = f"{seconds} | {told['allocated']:.1f} | {told['reserved']:.1f}"
             lines.append(f"| {size} | {activation} | {numbers} |")
-    errors = [f"- {size}, {activation}: `{told['error']}`" for size, activation, _, told in rows if "error" in told]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft"))
-    text = "\n\n".join(
-        [
-            f"# LoRA r32 within {options.cap_gib:g} GiB",
-            f"{device}, held to {options.cap_gib:g} GiB, {packages}, {date.today()}, commit {options.commit}",
-            "\n".join(lines),
-            *(["\n".join(errors)] if errors else []),
-            "Command: `python -m benchmarks.small_card`",
-        ]
+    errors = [f"{size}, {activation}: `{told['error']}`" for size, activation, _, told in rows if "error" in told]
+    report(
+        options,
+        f"LoRA r32 within {options.cap_gib:g} GiB",
+        table(["size", "activation", "s/step", "peak allocated GiB", "held by the allocator GiB"], lines),
+        bullets(errors),
+        command=f"python -m benchmarks.small_card{' --at-once' if options.at_once else ''}",
+        limits=f" held to {options.cap_gib:g} GiB",
     )
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -16,15 +16,13 @@ import gc
 import itertools
 import statistics
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, CosmosTransformer3DModel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.real_checkpoint import TEXT_7B, TRANSFORMER_2B, bfloat16_on
+from benchmarks.report import add_arguments, bullets, report, table
 from train import cosmos25
 from train.activation import MemoryPlan, estimate, measured_plan, set_levels
 from train.adapters import adapter_parameters, add_adapter
@@ -57,9 +55,12 @@ def milliseconds(call: Callable[[], object], *, repeats: int = 5, warm: int = 2)
 def sustained(call: Callable[[], object], *, warm_ms: float = 1500) -> float:
     """Mean time of a call, milliseconds, on a GPU that has been as busy for a second and a half, as in training."""
     count = max(3, int(warm_ms / milliseconds(call, repeats=1, warm=1)))
-    for _ in range(count):
-        call()
-    return milliseconds(lambda: [call() for _ in range(count // 3 + 1)], repeats=1, warm=0) / (count // 3 + 1)
+
+    def repeatedly() -> None:
+        for _ in range(count):
+            call()
+
+    return milliseconds(repeatedly, repeats=1, warm=1) / count
 
 
 def peak_gib() -> float:
@@ -239,8 +240,7 @@ def main() -> None:
     )
     parser.add_argument("--linears", default="dtype", help="how the base's linear layers compute: dtype, fp8 or both")
     parser.add_argument("--kernels", default="", help="attention kernels to time; default: the measured best")
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
+    add_arguments(parser)
     options = parser.parse_args()
     shape = (16, (NUM_FRAMES - 1) // 4 + 1, options.height // 8, options.width // 8)
     tokens = shape[1] * (shape[2] // 2) * (shape[3] // 2)
@@ -267,23 +267,16 @@ def main() -> None:
                 f"| {name} | {time:,.0f} | {peak:.1f} | {whole / time:.2f} | {least / time:.3f} | {loaded / time:.3f} |"
             )
             print(notes[-1], lines[-1], sep="\n", flush=True)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
-    head = [
-        f"# LoRA r{RANK} step at {options.height}x{options.width}x{NUM_FRAMES}, {tokens:,} tokens, batch 1, bfloat16",
-        f"{torch.cuda.get_device_name()}, {packages}, {date.today()}, commit {options.commit}",
-        "\n".join(
-            [
-                "| step | ms | peak GiB | recipe / ours | of the kernel floor | of the floor under load |",
-                "|---|---|---|---|---|---|",
-                *lines,
-            ]
-        ),
-        "\n".join(f"- {note}" for note in notes),
-    ]
-    text = "\n\n".join(head) + "\n"
-    print(text)
-    if options.output:
-        options.output.write_text(text)
+    columns = ["step", "ms", "peak GiB", "recipe / ours", "of the kernel floor", "of the floor under load"]
+    report(
+        options,
+        f"LoRA r{RANK} step at {options.height}x{options.width}x{NUM_FRAMES}, {tokens:,} tokens, batch 1, bfloat16",
+        table(columns, lines),
+        bullets(notes),
+        command=f"python -m benchmarks.training_step --height {options.height} --width {options.width} --linears "
+        f"{options.linears} --levels {options.levels}",
+        packages=("torch", "diffusers", "transformers", "peft"),
+    )
 
 
 if __name__ == "__main__":

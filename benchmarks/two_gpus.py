@@ -17,14 +17,13 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.random_job import latent_shape, make_job, recipe_of, records_of, seconds_per_step
+from benchmarks.report import add_arguments, report
 from infer import denoise as loop
 from infer.team import Layout, in_team, open_store
 from pipeline.recipe import resolved, to_toml
@@ -160,8 +159,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="try the script with the demo's model; no numbers")
     parser.add_argument("--rank", action="store_true", help="be one rank of the sampling, under torchrun")
     parser.add_argument("--folder", type=Path, help="where the job is, or is made and left")
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
+    add_arguments(parser)
     options = parser.parse_args()
     if options.rank:
         sampling_rank(options.steps, options.tiny, options.folder)
@@ -169,21 +167,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="latentline-") as temporary:
         folder = options.folder or Path(temporary)
         tables = [training(folder, options.tiny), sampling(folder, options.tiny, options.steps)]
-    device = f"2 x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "CPU"
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "peft"))
-    text = "\n\n".join(
-        [
-            "# Two GPUs against one, 432x768x93, bfloat16, random weights and samples",
-            f"{device}, {packages}, {date.today()}, commit {options.commit}",
-            *("\n".join(lines) for lines in tables),
-            f"Training: LoRA r32, `activation = selective`, medians of the last {MEASURED} of {STEPS} steps. With one "
-            "machine `hybrid` splits the base over its two GPUs, as `shard` does. `requests`: a video each.",
-            "Command: `python -m benchmarks.two_gpus`",
-        ]
+    report(
+        options,
+        "Two GPUs against one, 432x768x93, bfloat16, random weights and samples",
+        *("\n".join(lines) for lines in tables),
+        f"Training: LoRA r32, `activation = selective`, medians of the last {MEASURED} of {STEPS} steps. With one "
+        "machine `hybrid` splits the base over its two GPUs, as `shard` does. `requests`: a video each.",
+        command="python -m benchmarks.two_gpus",
+        gpus=2,
     )
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

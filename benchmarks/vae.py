@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from benchmarks.real_checkpoint import bfloat16_on
+from benchmarks.report import add_arguments, bullets, report, table
 from benchmarks.training_step import clear, milliseconds, peak_gib
 from encode.wan import CHUNK_PIXELS, ChunkedEncoder, chunks
 
@@ -56,8 +54,7 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=432)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--num-frames", type=int, default=93)
-    parser.add_argument("--commit", default="unknown")
-    parser.add_argument("--output", type=Path)
+    add_arguments(parser)
     options = parser.parse_args()
     shape = (options.num_frames, options.height, options.width, 3)
     torch.manual_seed(0)
@@ -83,19 +80,17 @@ def main() -> None:
     notes.append(
         f"chunks of {', '.join(str(end - begin) for begin, end in cuts)} frames; peaks hold weights and frames"
     )
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "diffusers"))
-    lines = [f"| {name} | {time:,.0f} | {peak:.1f} | {stock / time:.2f} |" for name, time, peak in rows]
-    text = "\n\n".join(
-        [
-            f"# VAE encode at {options.height}x{options.width}x{options.num_frames}, bfloat16, random weights",
-            f"{torch.cuda.get_device_name()}, {packages}, {date.today()}, commit {options.commit}",
-            "\n".join(["| encoder | ms | peak GiB | diffusers / this |", "|---|---|---|---|", *lines]),
-            "\n".join(f"- {note}" for note in notes),
-        ]
+    report(
+        options,
+        f"VAE encode at {options.height}x{options.width}x{options.num_frames}, bfloat16, random weights",
+        table(
+            ["encoder", "ms", "peak GiB", "diffusers / this"],
+            [f"| {name} | {time:,.0f} | {peak:.1f} | {stock / time:.2f} |" for name, time, peak in rows],
+        ),
+        bullets(notes),
+        command="python -m benchmarks.vae",
+        packages=("torch", "triton", "diffusers"),
     )
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -74,11 +74,11 @@ def own_rows(modulation_BTC: Tensor, num_tokens: int) -> Tensor:
     return modulation_BTC[:, rows]
 
 
-def all_tokens(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All ranks' tokens, in order, of each tensor [B, N, ...]; gradients go back to where they came from, summed."""
+def all_tokens(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, ...]:
+    """All ranks' tokens, in order, of one or two tensors [B, N, ...]; gradients go where these came from, summed."""
     if _context is None:
-        return tensors
-    return _AllTokens.apply(_context.world, _context.group, *tensors)
+        return (first,) if second is None else (first, second)
+    return _AllTokens.apply(_context.world, _context.group, first, second)
 
 
 def whole(x_BNC: Tensor) -> Tensor:
@@ -109,10 +109,11 @@ def _undivided(ranks: int, token_counts: Iterable[int]) -> bool:
 
 
 class _AllTokens(torch.autograd.Function):
+    # No `*tensors`: compiled without gradients, PyTorch 2.11 tells by the number of arguments whether there is a ctx.
     @staticmethod
-    def forward(ctx: Any, world: int, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, world: int, group: str, first: Tensor, second: Tensor | None) -> tuple[Tensor, ...]:
         ctx.world, ctx.group = world, group
-        started = [_start_gather(tensor, world, group) for tensor in tensors]
+        started = [_start_gather(tensor, world, group) for tensor in (first, second) if tensor is not None]
         return tuple(_tokens_second(_ops.wait_tensor(tensor)) for tensor in started)
 
     @staticmethod
@@ -120,7 +121,8 @@ class _AllTokens(torch.autograd.Function):
         started = [
             _ops.reduce_scatter_tensor(grad.transpose(0, 1).contiguous(), "sum", ctx.world, ctx.group) for grad in grads
         ]
-        return None, None, *(_tokens_second(_ops.wait_tensor(tensor)) for tensor in started)
+        gathered = [_tokens_second(_ops.wait_tensor(tensor)) for tensor in started]
+        return None, None, gathered[0], gathered[1] if len(gathered) > 1 else None
 
 
 class _Whole(torch.autograd.Function):

@@ -27,7 +27,6 @@ from train.flops import attention_flops, linear_flops
 from train.gelu import gelu
 from train.linear import linear, stacked_linear
 from train.normalise import normalise
-from train.rotary import normed_and_rotated, rms
 from train.temporal import ADAPTER
 
 
@@ -235,15 +234,26 @@ def _heads(x: Tensor, attn: Any) -> Tensor:
     return x.unflatten(2, (attn.heads, -1))
 
 
+def _rms(norm: nn.Module, x_BNHD: Tensor) -> Tensor:
+    x = x_BNHD.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
+
+
+def _rotated(x_BNHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
+    """Rotate halves, float32, as diffusers' `apply_rotary_emb(use_real_unbind_dim=-2)`."""
+    first, second = x_BNHD.chunk(2, -1)
+    return x_BNHD * cos_ND.unsqueeze(1) + torch.cat([-second, first], -1) * sin_ND.unsqueeze(1)
+
+
 def _self_attention(attn: Any, x: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
     query, key, value = (_heads(y, attn) for y in stacked_linear([attn.to_q, attn.to_k, attn.to_v], x))
-    query = normed_and_rotated(attn.norm_q, query, cos_ND, sin_ND)
-    key = normed_and_rotated(attn.norm_k, key, cos_ND, sin_ND)
+    query = _rotated(_rms(attn.norm_q, query), cos_ND, sin_ND).to(x.dtype)
+    key = _rotated(_rms(attn.norm_k, key), cos_ND, sin_ND).to(x.dtype)
     return linear(attn.to_out[0], attend(query, *all_tokens(key, value)).flatten(2))
 
 
 def _text_attention(attn: Any, x: Tensor, context: Tensor) -> Tensor:
-    query = rms(attn.norm_q, _heads(linear(attn.to_q, x), attn)).to(x.dtype)
+    query = _rms(attn.norm_q, _heads(linear(attn.to_q, x), attn)).to(x.dtype)
     key, value = (_heads(y, attn) for y in stacked_linear([attn.to_k, attn.to_v], context))
-    key = rms(attn.norm_k, key).to(x.dtype)
+    key = _rms(attn.norm_k, key).to(x.dtype)
     return attend_to_few(query, key, value).flatten(2)

@@ -32,10 +32,10 @@ from train.dit import (
     _computing_dtype,
     _final_norm,
     _heads,
+    _rms,
     _text_attention,
 )
 from train.linear import linear
-from train.rotary import rms
 
 MASK_CHANNELS = 2
 """Of a controlnet's input, besides its slots of latents: the condition mask and the padding mask."""
@@ -129,8 +129,8 @@ class TransferBlock(FastCosmosBlock):
         if image is not None:
             values = linear(attn.v_img, image)
             if image.shape[1] > 1:
-                queries = rms(attn.q_img_norm, _heads(linear(attn.q_img, y), attn)).to(y.dtype)
-                keys = rms(attn.k_img_norm, _heads(linear(attn.k_img, image), attn)).to(y.dtype)
+                queries = _rms(attn.q_img_norm, _heads(linear(attn.q_img, y), attn)).to(y.dtype)
+                keys = _rms(attn.k_img_norm, _heads(linear(attn.k_img, image), attn)).to(y.dtype)
                 values = attend(queries, keys, _heads(values, attn)).flatten(2)
             attended = attended + values
         return linear(attn.to_out[0], attended)

@@ -10,7 +10,7 @@ from manifests.config import ModelConfig
 from manifests.errors import UsageError
 from tests.train.caches import distance, make_snapshot
 from tests.train.test_cosmos25 import make_batch
-from train import cosmos25
+from train import cosmos25, cosmos_transfer25
 from train.activation import LEVELS, set_levels
 from train.adapters import adapter_parameters, add_adapter
 from train.config import LoraConfig, ObjectiveConfig, TrainConfig
@@ -134,6 +134,32 @@ def test_training_follows_bfloat16_s_losses(model):
     eight = list(losses(quantised(adapted(model, torch.bfloat16))))
     assert sixteen[-1] < 0.9 * sixteen[0]
     assert eight == pytest.approx(sixteen, rel=0.02)
+
+
+def test_transfer_predicts_nearly_the_same_with_its_base_and_control_branch_in_8_bits(tiny_transfer):
+    transfer = ModelConfig(path=str(tiny_transfer), family="cosmos-transfer2.5")
+
+    def trained(dtype, eight_bits=False):
+        transformer = cosmos_transfer25.load_transformer(transfer, dtype)
+        add_adapter(transformer, "lora", LoraConfig(rank=4, alpha=8), cosmos_transfer25.DEFAULT_TARGETS)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in adapter_parameters(transformer).items():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.05, generator=generator)
+        if eight_bits:
+            quantise_base(cosmos_transfer25.blocks(transformer), cosmos_transfer25.TOKEN_LINEARS, CPU)
+        batch = make_batch()
+        batch["hint"] = random(*batch["latents"].shape, seed=5, dtype=torch.float32)
+        loss = cosmos_transfer25.loss(transformer.train(), batch, ObjectiveConfig()).mean()
+        loss.backward()
+        return loss.item(), {name: p.grad.float() for name, p in adapter_parameters(transformer).items()}
+
+    exact_loss, exact = trained(torch.float32)
+    _, sixteen = trained(torch.bfloat16)
+    eight_loss, eight = trained(torch.bfloat16, eight_bits=True)
+    assert any("controlnet." in name and gradient.any() for name, gradient in eight.items())
+    assert abs(eight_loss - exact_loss) < 0.02 * exact_loss
+    assert distance(sixteen, exact) < distance(eight, exact) < 0.15
 
 
 def test_only_layers_of_tokens_change_and_nothing_is_counted_twice(transformer):
