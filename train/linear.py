@@ -106,9 +106,13 @@ def _adapters(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
     """(name, A [rank, in], alpha / rank * B [out, rank]) of each active adapter."""
     if not isinstance(module, LoraLinear):
         return []
-    return [
-        (name, module.lora_A[name].weight, module.lora_B[name].weight * module.scaling[name]) for name in _names(module)
-    ]
+    return [(name, module.lora_A[name].weight, _up(module, name)) for name in _names(module)]
+
+
+def _up(module: LoraLinear, name: str) -> Tensor:
+    """alpha / rank * B. No product with 1: PyTorch 2.15 fails to compile a recomputed block that has one."""
+    weight, scaling = module.lora_B[name].weight, module.scaling[name]
+    return weight if scaling == 1 else weight * scaling
 
 
 def _block_diagonal(adapters: Sequence[Sequence[tuple[str, Tensor, Tensor]]], widths: Sequence[int]) -> Tensor:

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from peft import LoraConfig as PeftLora
+from peft.tuners.lora import Linear as LoraLinear
 
 from manifests.config import ModelConfig
 from tests.train.test_cosmos25 import make_batch
@@ -7,6 +9,7 @@ from train import cosmos25
 from train.activation import LEVELS, choose_levels, estimate, set_levels
 from train.adapters import adapter_parameters, add_adapter
 from train.config import LoraConfig, ObjectiveConfig
+from train.linear import linear
 
 
 @pytest.fixture
@@ -66,3 +69,33 @@ def test_the_estimate_is_near_what_was_measured_at_real_size():
     size = {"num_blocks": 28, "hidden_size": 2048, "itemsize": 2, "tokens": 31_104, "resident": resident}
     for level, measured in (("attention", 18.1), ("products", 50.0), ("none", 90.5)):
         assert abs(estimate(level, **size).peak / 2**30 / measured - 1) < 0.1
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with LoRA, alpha equal to its rank, as a block."""
+
+    def __init__(self):
+        super().__init__()
+        base = torch.nn.Linear(16, 16, bias=False).requires_grad_(False)
+        self.layer = LoraLinear(base, "default", PeftLora(r=4, lora_alpha=4), r=4, lora_alpha=4)
+        torch.nn.init.normal_(self.layer.lora_B["default"].weight)
+
+    def forward(self, x):
+        return linear(self.layer, x).tanh()
+
+
+@pytest.mark.parametrize("level", ["full", "products"])
+def test_a_recomputed_block_compiles_and_has_the_same_gradients(level):
+    torch.manual_seed(0)
+    block = Adapted()
+    x = torch.randn(1, 8, 16, requires_grad=True)
+
+    def gradients():
+        output = block(x)
+        found = torch.autograd.grad(output.sum(), [x, *(p for p in block.parameters() if p.requires_grad)])
+        return [output.detach(), *found]
+
+    expected = gradients()
+    set_levels([block], [level], compiled=True)
+    for found, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
