@@ -117,15 +117,15 @@ class TextEncoder:
 
     def num_tokens(self, caption: str) -> int:
         """Tokens of the caption in its chat template, before padding or truncation to `encode.text_length`."""
-        return len(_token_ids(self._tokenizer.apply_chat_template(_conversation(caption), tokenize=True)))
+        return len(token_ids(self._tokenizer.apply_chat_template(conversation(caption), tokenize=True)))
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> torch.Tensor:
         """Encode captions to contexts [B, L, D] in `encode.dtype`, on the CPU. Pads are real tokens: no mask."""
         ids = [
-            _token_ids(
+            token_ids(
                 self._tokenizer.apply_chat_template(
-                    _conversation(caption),
+                    conversation(caption),
                     tokenize=True,
                     add_generation_prompt=False,
                     max_length=self._length,
@@ -137,13 +137,13 @@ class TextEncoder:
         ]
         states = self._encoder(torch.tensor(ids, device=self._device), output_hidden_states=True).hidden_states[1:]
         if self._projection is None:
-            return torch.cat([_normalise(state) for state in states], dim=-1).to(self._dtype).cpu()
+            return torch.cat([normalise_state(state) for state in states], dim=-1).to(self._dtype).cpu()
         weight, bias = self._projection
         hidden = states[0].shape[-1]
         projected = bias.expand(len(ids), self._length, -1)
         for layer, state in enumerate(states):
             part = weight[:, layer * hidden : (layer + 1) * hidden]
-            projected = projected + F.linear(_normalise(state).float(), part)
+            projected = projected + F.linear(normalise_state(state).float(), part)
         return F.gelu(projected).to(self._dtype).cpu()
 
     def null(self) -> torch.Tensor:
@@ -153,19 +153,19 @@ class TextEncoder:
         return F.gelu(self._projection[1]).to(self._dtype).cpu().expand(self._length, -1).contiguous()
 
 
-def _conversation(caption: str) -> list[dict[str, Any]]:
+def conversation(caption: str) -> list[dict[str, Any]]:
     return [
         {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]},
         {"role": "user", "content": [{"type": "text", "text": caption}]},
     ]
 
 
-def _token_ids(output: Any) -> list[int]:
+def token_ids(output: Any) -> list[int]:
     """transformers returns a list, or since 5.0 a BatchEncoding, from `apply_chat_template`."""
     return list(output if isinstance(output, list) else output["input_ids"])
 
 
-def _normalise(state_BLD: torch.Tensor) -> torch.Tensor:
+def normalise_state(state_BLD: torch.Tensor) -> torch.Tensor:
     mean = state_BLD.mean(dim=-1, keepdim=True)
     return (state_BLD - mean) / (state_BLD.std(dim=-1, keepdim=True) + 1e-8)
 

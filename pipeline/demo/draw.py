@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from infer.video import Frames
-from pipeline.demo.world import BACKGROUNDS, COLOURS, PILLAR_WIDTH, SKS, SKS_COLOURS, SKS_CORE, Scene
+from pipeline.demo.world import BACKGROUNDS, COLOURS, PILLAR_WIDTH, SKS, SKS_PARTS, Scene
 
 FORMS = ("circle", "square", "triangle", "cross", "pillar")
 
@@ -91,8 +91,9 @@ def _forms(scene: Scene, num_frames: int, aspect: float) -> list[tuple]:
         thing = scene.things[index]
         path_T2 = thing.path(num_frames, aspect)
         if thing.shape == SKS:
-            forms.append(("cross", SKS_COLOURS[0], thing.radius, path_T2, index))
-            forms.append(("circle", SKS_COLOURS[1], thing.radius * SKS_CORE, path_T2, index))
+            for form, colour, share, below in SKS_PARTS:
+                part_T2 = path_T2 + np.array([0.0, below * thing.radius])
+                forms.append((form, COLOURS[colour], share * thing.radius, part_T2, index))
         else:
             forms.append((thing.shape, thing.colours[0], thing.radius, path_T2, index))
     if scene.pillar is not None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from infer.video import Frames
 from pipeline.demo.draw import Clip
-from pipeline.demo.world import BACKGROUNDS, COLOURS, SKS_COLOURS, Thing
+from pipeline.demo.world import BACKGROUNDS, COLOURS, Thing
 
 NEAR = 110.0
 """Farthest a pixel's RGB may be from the colour it counts as; half of what separates most of the world's colours."""
@@ -25,7 +26,7 @@ _AREA = (0.5, 1.8)
 _COLOUR_SHARE = 0.35
 """... and so much, at least, of the true area of each of its colours."""
 
-_PALETTE = np.array([*COLOURS.values(), *SKS_COLOURS, *BACKGROUNDS.values()], np.float64)
+_PALETTE = np.array([*COLOURS.values(), *BACKGROUNDS.values()], np.float64)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,32 @@ def measure(frames_THWC: Frames, truth: Clip, *, thing: int = 0, first: int = 0)
         place=float(np.mean(places)),
         psnr=10 * math.log10(255**2 / error) if error else math.inf,
     )
+
+
+def edge_agreement(frames_THWC: Frames, truth_THWC: Frames, *, tolerance: float = 1.5) -> float:
+    """F1, 0 to 1, of one video's edges against another's of the same size; tolerance: pixels.
+
+    Precision is the share of the video's edge pixels that have one of the truth's that near, recall the reverse. 0 if
+    the video has no edges at all.
+    """
+    near = total = found = sought = 0
+    for made_HW, true_HW in zip(map(_edges, frames_THWC), map(_edges, truth_THWC), strict=True):
+        near += int((made_HW & (_distance_to(true_HW) <= tolerance)).sum())
+        found += int((true_HW & (_distance_to(made_HW) <= tolerance)).sum())
+        total, sought = total + int(made_HW.sum()), sought + int(true_HW.sum())
+    precision, recall = near / max(1, total), found / max(1, sought)
+    return 2 * precision * recall / (precision + recall) if near and found else 0.0
+
+
+def _edges(frame_HWC: Frames) -> NDArray[np.bool_]:
+    return cv2.Canny(frame_HWC, 100, 200).astype(bool)
+
+
+def _distance_to(mask_HW: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Of each pixel to the nearest one of the mask, in pixels; a mask of nothing is far away."""
+    if not mask_HW.any():
+        return np.full(mask_HW.shape, np.inf, np.float32)
+    return np.asarray(cv2.distanceTransform((~mask_HW).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE))
 
 
 @dataclass(frozen=True)

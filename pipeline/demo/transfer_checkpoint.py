@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
 from diffusers import (
@@ -35,10 +36,12 @@ def build_tiny_transfer_checkpoint(folder: Path, *, seed: int = 0) -> Path:
     try:
         predict = build_tiny_checkpoint(building / "predict", seed=seed)
         parts = Cosmos2_5_PredictBasePipeline.from_pretrained(str(predict), safety_checker=NoGuardrail())
+        image = {"img_context_dim_in": IMAGE_WIDTH, "img_context_dim_out": _width(parts.transformer)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             transformer = CosmosTransformer3DModel(
-                **_shared(parts.transformer),
+                **shared_config(parts.transformer),
+                **image,
                 num_layers=LAYERS,
                 controlnet_block_every_n=EVERY,
                 in_channels=17,
@@ -47,7 +50,8 @@ def build_tiny_transfer_checkpoint(folder: Path, *, seed: int = 0) -> Path:
                 img_context_num_tokens=IMAGE_TOKENS,
             ).eval()
             controlnet = CosmosControlNetModel(
-                **_shared(parts.transformer),
+                **shared_config(parts.transformer),
+                **image,
                 n_controlnet_blocks=LAYERS // EVERY,
                 in_channels=130,
                 latent_channels=18,
@@ -56,12 +60,7 @@ def build_tiny_transfer_checkpoint(folder: Path, *, seed: int = 0) -> Path:
             for model in (transformer, controlnet):
                 _tell_apart(model)
         controlnet.crossattn_proj.load_state_dict(transformer.crossattn_proj.state_dict())
-        kept = {name: getattr(parts, name) for name in ("text_encoder", "tokenizer", "vae", "scheduler")}
-        pipe = Cosmos2_5_TransferPipeline(
-            **kept, transformer=transformer, controlnet=controlnet, safety_checker=NoGuardrail()
-        )
-        pipe.register_modules(safety_checker=None)
-        pipe.save_pretrained(building / "transfer", safe_serialization=True)
+        _save(parts, transformer, controlnet, building / "transfer")
         (building / "transfer").rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -75,17 +74,41 @@ def _tell_apart(model: torch.nn.Module) -> None:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
 
 
+def assemble_transfer(predict: Path, controlnet: CosmosControlNetModel, folder: Path) -> Path:
+    """Write a Transfer checkpoint of a Predict checkpoint's parts and a controlnet to `folder`; return it.
+
+    The base takes the controlnet's residuals evenly, and no image context. Weights are written in float32.
+    """
+    parts = Cosmos2_5_PredictBasePipeline.from_pretrained(
+        str(predict), safety_checker=NoGuardrail(), dtype=torch.float32
+    )
+    config = dict(parts.transformer.config)
+    every = config["num_layers"] // controlnet.config.n_controlnet_blocks
+    transformer = CosmosTransformer3DModel.from_config({**config, "controlnet_block_every_n": every})
+    transformer.load_state_dict(parts.transformer.state_dict())
+    _save(parts, transformer, controlnet, folder)
+    return folder
+
+
+def _save(parts: Any, transformer: CosmosTransformer3DModel, controlnet: CosmosControlNetModel, folder: Path) -> None:
+    kept = {name: getattr(parts, name) for name in ("text_encoder", "tokenizer", "vae", "scheduler")}
+    pipe = Cosmos2_5_TransferPipeline(
+        **kept, transformer=transformer, controlnet=controlnet, safety_checker=NoGuardrail()
+    )
+    pipe.register_modules(safety_checker=None)
+    pipe.save_pretrained(folder, safe_serialization=True)
+
+
 def _width(transformer: CosmosTransformer3DModel) -> int:
     return transformer.config.num_attention_heads * transformer.config.attention_head_dim
 
 
-def _shared(transformer: CosmosTransformer3DModel) -> dict:
-    """What the base and the controlnet have in common."""
+def shared_config(transformer: CosmosTransformer3DModel) -> dict[str, Any]:
+    """What the base and the controlnet have in common, the image context apart."""
     config = transformer.config
     names = (
         "num_attention_heads", "attention_head_dim", "mlp_ratio", "text_embed_dim", "adaln_lora_dim", "max_size",
         "patch_size", "rope_scale", "extra_pos_embed_type", "use_crossattn_projection", "crossattn_proj_in_channels",
         "encoder_hidden_states_channels",
     )  # fmt: skip
-    image = {"img_context_dim_in": IMAGE_WIDTH, "img_context_dim_out": _width(transformer)}
-    return {name: config[name] for name in names} | image
+    return {name: config[name] for name in names}

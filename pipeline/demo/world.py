@@ -1,8 +1,8 @@
 """The demo's world: shapes that move over a plain background, each scene with a caption that says what happens.
 
 Two domains. `base`: one or two shapes that stay, or move along a line and bounce off the walls, some of them behind a
-pillar. `sks`: an object of its own, a magenta cross with a cyan core that hops across the frame. The embedded model
-has never seen it, nor its word, colours or motion.
+pillar. `sks`: an object of its own, a green house with an orange roof that hops across the frame. The embedded model
+has never seen it, nor its word, nor anything made of parts, nor a path that bends.
 
 Lengths are in frame heights: a frame is `aspect` = width / height wide and 1 high, x to the right, y down.
 """
@@ -60,15 +60,15 @@ SPEEDS = {"slowly": 0.016, "fast": 0.04}
 """Frame heights a frame."""
 
 SKS = "sks"
-SKS_COLOURS: tuple[Rgb, Rgb] = ((225, 30, 170), (40, 225, 225))
-"""Of the cross and of its core."""
+SKS_PARTS = (("square", "green", 0.54, 0.375), ("triangle", "orange", 0.67, -0.42))
+"""Form, colour, and radius and height below the middle in radii of the whole."""
 
-SKS_SIZES = {"small": 0.16, "large": 0.22}
-SKS_CORE = 0.45
-SKS_HOPS = 2
-SKS_HEIGHT = 0.22
-SKS_MOTIONS = {"hops from left to right": (0.25, 0.75), "hops from right to left": (0.75, 0.25)}
-"""Where its hops begin and end, in shares of the frame's width."""
+SKS_SIZES = {"small": 0.2, "large": 0.24}
+SKS_HEIGHT = 0.18
+SKS_MOTIONS = {"hops from left to right": (0.3, 0.7), "hops from right to left": (0.7, 0.3)}
+"""Where its hop begins and ends, in shares of the frame's width."""
+
+_SKS_CAPTIONS = list(itertools.product(SKS_SIZES, SKS_MOTIONS, BACKGROUNDS))
 
 PILLAR_WIDTH = 0.16
 
@@ -94,7 +94,8 @@ class Thing:
     @property
     def colours(self) -> tuple[Rgb, ...]:
         """Every colour it shows."""
-        return SKS_COLOURS if self.colour is None else (COLOURS[self.colour],)
+        names = [colour for _, colour, _, _ in SKS_PARTS] if self.colour is None else [self.colour]
+        return tuple(COLOURS[name] for name in names)
 
     @property
     def words(self) -> str:
@@ -111,7 +112,7 @@ class Thing:
             u = time / max(1, num_frames - 1)
             floor = 1 - self.radius - 0.06
             x = (begin + (end - begin) * u) * aspect
-            y = floor - SKS_HEIGHT * np.abs(np.sin(np.pi * SKS_HOPS * u))
+            y = floor - SKS_HEIGHT * np.sin(np.pi * u)
             return np.stack([x, y], 1) + self.offset
         assert self.start is not None
         x, y = PLACES[self.start]
@@ -153,12 +154,19 @@ class Scene:
 def scenes(seed: int, domain: Domain = "base") -> Iterator[Scene]:
     """The world's scenes, without end; the i-th depends on seed, domain and i alone.
 
-    The first 24 of `sks` are its 24 different captions, in an order of the seed's.
+    The first 24 of `sks` are its 24 different captions in an order of the seed's: 12 in which each size, motion and
+    background comes equally often, then those that differ from each of these by one of the three.
     """
-    order = np.random.default_rng([seed, 2]).permutation(24)
+    order = _balanced(np.random.default_rng([seed, 2]))
     for index in itertools.count():
         rng = np.random.default_rng([seed, index])
         yield _base_scene(rng) if domain == "base" else _sks_scene(rng, int(order[index % 24]))
+
+
+def _balanced(rng: np.random.Generator) -> list[int]:
+    """Indices of `_SKS_CAPTIONS`, those whose places in the three tables add up to an even number first."""
+    odd = np.indices((len(SKS_SIZES), len(SKS_MOTIONS), len(BACKGROUNDS))).sum(0).ravel() % 2
+    return [*rng.permutation(np.flatnonzero(odd == 0)), *rng.permutation(np.flatnonzero(odd))]
 
 
 def exactly(scene: Scene) -> Scene:
@@ -197,7 +205,7 @@ def _shape(rng: np.random.Generator, free: list[str]) -> Thing:
 
 
 def _sks_scene(rng: np.random.Generator, index: int) -> Scene:
-    size, motion, background = list(itertools.product(SKS_SIZES, SKS_MOTIONS, BACKGROUNDS))[index]
+    size, motion, background = _SKS_CAPTIONS[index]
     scene = sks_scene(size=size, motion=motion, background=background)
     return replace(scene, things=(replace(scene.things[0], offset=_offset(rng)),))
 

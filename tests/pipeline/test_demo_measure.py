@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.demo.draw import draw_clip
-from pipeline.demo.measure import measure
+from pipeline.demo.measure import edge_agreement, measure
 from pipeline.demo.world import COLOURS, Scene, Thing, scenes, sks_scene
 
 SQUARE = Scene(
@@ -59,7 +59,7 @@ def test_another_colour_or_shape_or_size_is_not_the_object() -> None:
 def test_half_of_the_new_object_is_not_the_object() -> None:
     truth = draw_clip(NEW)
     frames = truth.frames.copy()
-    frames[(np.abs(frames.astype(int) - (40, 225, 225)).sum(-1)) < 30] = (225, 30, 170)
+    frames[(np.abs(frames.astype(int) - COLOURS["orange"]).sum(-1)) < 30] = COLOURS["green"]
     assert measure(frames, truth).appears == 0
 
 
@@ -95,3 +95,21 @@ def test_every_base_scene_is_found_in_its_own_frames() -> None:
 def test_another_size_is_an_error() -> None:
     with pytest.raises(ValueError, match="cannot be compared"):
         measure(draw_clip(SQUARE, height=32, width=32).frames, draw_clip(SQUARE))
+
+
+def test_edges_agree_as_far_as_the_tolerance() -> None:
+    frames = draw_clip(SQUARE).frames
+    assert edge_agreement(frames, frames) == 1
+    moved = np.roll(frames, 3, axis=2)
+    assert edge_agreement(moved, frames, tolerance=3) == 1
+    assert edge_agreement(moved, frames) < 0.6  # what runs along the move still lies on itself
+    assert edge_agreement(np.roll(frames, (9, 9), axis=(1, 2)), frames) < 0.2
+    both = np.concatenate([frames[:, :, :32], np.roll(frames, 9, axis=1)[:, :, 32:]], 2)
+    assert edge_agreement(frames, both) == pytest.approx(edge_agreement(both, frames))
+
+
+@pytest.mark.parametrize("nothing", [0, 1])
+def test_nothing_agrees_with_a_video_without_edges(nothing: int) -> None:
+    videos = [draw_clip(SQUARE).frames] * 2
+    videos[nothing] = np.zeros_like(videos[0])
+    assert edge_agreement(*videos) == 0

@@ -46,7 +46,9 @@ class OnlineReference:
         self.recipe = recipe
         self.snapshot = snapshot
         self.objective = recipe.train.objective
-        self.pipe = Cosmos2_5_PredictBasePipeline.from_pretrained(recipe.model.path, safety_checker=NoGuardrail())
+        self.pipe = Cosmos2_5_PredictBasePipeline.from_pretrained(
+            recipe.model.path, safety_checker=NoGuardrail(), dtype=torch.float32
+        )
         self.transformer = self.pipe.transformer
         add_adapter(
             self.transformer, recipe.train.method, recipe.train.lora, cosmos25.DEFAULT_TARGETS, seed=recipe.train.seed

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from infer.loading import NoGuardrail
 from pipeline.demo.checkpoint import build_scheduler
+from pipeline.demo.pretrain.control import train_control
 from pipeline.demo.pretrain.data import base_scenes, drawn
 from pipeline.demo.pretrain.dit import train_dit
 from pipeline.demo.pretrain.text import LENGTH, train_text
@@ -25,23 +26,29 @@ from pipeline.report import log
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained. clips: drawn for the DiT; a third as many for the VAE. length: tokens of a caption."""
+    """How much is trained. clips: drawn for the DiT; a third as many for the VAE. length: tokens of a caption.
 
-    vae: tuple[Phase, ...] = (Phase(8000, 16, 17, share=0.75),)
+    control_videos: files, for the controlnet is trained by the stages every user runs.
+    """
+
+    vae: tuple[Phase, ...] = (Phase(18_500, 8, 17, share=0.75),)
     text_steps: int = 1400
-    dit_steps: int = 12_000
+    dit_steps: int = 15_000
     batch_size: int = 128
-    clips: int = 60_000
+    clips: int = 36_000
     length: int = LENGTH
+    control_videos: int = 240
+    control_steps: int = 1500
 
 
 def pretrain(output: Path, sizes: Sizes, *, device: torch.device) -> None:
-    """Train VAE, text encoder and DiT, and write them as one diffusers checkpoint in bfloat16.
+    """Train VAE, text encoder, DiT and controlnet, and write them as one diffusers checkpoint in bfloat16.
 
     Parts that are in `output` already are not trained again, so a run that was cut off goes on with the next part; the
-    DiT is trained on what the stored, rounded VAE and text encoder compute.
+    DiT is trained on what the stored, rounded VAE and text encoder compute, the controlnet on the stored DiT.
     """
     started = perf_counter()
+    torch.backends.cudnn.benchmark = True
     if not (output / "vae").is_dir():
         _store(train_vae(sizes.vae, clips=sizes.clips // 3, device=device), output / "vae")
     vae = AutoencoderKLWan.from_pretrained(output, subfolder="vae", torch_dtype=torch.float32).to(device).eval()
@@ -83,7 +90,9 @@ def pretrain(output: Path, sizes: Sizes, *, device: torch.device) -> None:
     )
     pipeline.register_modules(safety_checker=None)  # as in the released checkpoints: not a stored part
     pipeline.save_pretrained(output, safe_serialization=True)
-    for part in ("vae", "transformer"):
+    if not (output / "controlnet").is_dir():
+        train_control(output, num_videos=sizes.control_videos, steps=sizes.control_steps)
+    for part in ("vae", "transformer", "controlnet"):
         path = output / part / "config.json"
         config = {name: value for name, value in json.loads(path.read_text()).items() if name != "_name_or_path"}
         path.write_text(json.dumps(config, indent=2) + "\n")

@@ -19,6 +19,9 @@ LATENT_FRAMES = 5
 CHUNK = 200
 """Clips drawn at once."""
 
+_WILD_FORMS = (0.2, 0.2, 0.2, 0.3, 0.1)
+"""Shares of FORMS: crosses, of which the base domain has none, come more often."""
+
 
 def base_scenes(seed: int, count: int) -> list[Scene]:
     return list(itertools.islice(scenes(seed), count))
@@ -48,7 +51,7 @@ def _wild(layers: Layers, rng: np.random.Generator) -> Layers:
     colour = np.where(vivid, np.where(colour > 127, 235, 25) + rng.uniform(-20, 20, colour.shape), colour)
     colour = colour.astype(np.float32)
     form = np.full((count, most + 1), -1)
-    form[:, 1:] = np.where(layers.form >= 0, rng.integers(len(FORMS), size=layers.form.shape), -1)
+    form[:, 1:] = np.where(layers.form >= 0, rng.choice(len(FORMS), layers.form.shape, p=_WILD_FORMS), -1)
     front = (layers.form >= 0).sum(1)  # one past a scene's last form, which lie from the left
     radius = np.ones((count, most + 1), np.float32)
     radius[:, 1:] = layers.radius

@@ -19,6 +19,7 @@ from pipeline.demo.pretrain.loop import Loop
 from pipeline.demo.pretrain.text import HIDDEN, LAYERS, LENGTH, contexts_of, negative_prompt_tokens, tokens_of
 from pipeline.demo.pretrain.vae import latents_of
 from train import cosmos25
+from train.activation import set_levels
 from train.config import EmaConfig, ObjectiveConfig
 from train.dit import accelerate
 from train.ema import Ema
@@ -91,6 +92,7 @@ def train_dit(
     contexts_MLD = contexts_of(encoder, ids_ML, device)
     rows_N = torch.tensor([row[scene.caption] for scene in found], device=device)
     dit = accelerate(build_dit().to(device)).train()
+    set_levels(cosmos25.blocks(dit), ["none"] * len(cosmos25.blocks(dit)), compiled=device.type == "cuda")
     ema = Ema(EmaConfig(kind="power", rate=0.05), dict(dit.named_parameters()))
     loop = Loop("dit", dit.parameters(), steps=steps, lr=lr, device=device)
     shares = torch.tensor([OBJECTIVE.conditioning[n] for n in range(3)], device=device).cumsum(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from encode.cosmos25 import DEFAULT_NEGATIVE_PROMPT
-from encode.cosmos25_models import _conversation, _normalise, _token_ids
+from encode.cosmos25_models import conversation, normalise_state, token_ids
 from pipeline.demo.checkpoint import build_text_encoder, build_tokenizer
 from pipeline.demo.pretrain.data import base_scenes
 from pipeline.demo.pretrain.loop import Loop
@@ -63,7 +63,7 @@ def train_text(
         each = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids_BL[:, 1:].flatten(), reduction="none")
         language = (each.view_as(in_text) * in_text).sum() / in_text.sum()
         at_B1 = ends_B + (torch.rand_like(ends_B.float()) * (length - ends_B)).long()
-        states_BLD = torch.cat([_normalise(state) for state in output.hidden_states[1:]], -1)
+        states_BLD = torch.cat([normalise_state(state) for state in output.hidden_states[1:]], -1)
         read_BD = states_BLD.gather(1, at_B1[..., None].expand(-1, -1, states_BLD.shape[-1]))[:, 0]
         answers = probe(read_BD).split(CLASSES, -1)
         probed = torch.stack([F.cross_entropy(a, labels_NA[index, i]) for i, a in enumerate(answers)]).mean()
@@ -82,9 +82,9 @@ def train_text(
 
 def tokens_of(tokenizer: Qwen2Tokenizer, captions: list[str], length: int) -> tuple[Tensor, Tensor]:
     """Token ids [N, length] as stage 1 makes them, and where the pads begin [N]."""
-    ids = _token_ids(
+    ids = token_ids(
         tokenizer.apply_chat_template(
-            [_conversation(caption) for caption in captions],
+            [conversation(caption) for caption in captions],
             tokenize=True,
             max_length=length,
             truncation=True,
@@ -104,7 +104,7 @@ def contexts_of(
     parts = []
     for ids in ids_NL.split(batch_size):
         states = encoder(ids.to(device), output_hidden_states=True).hidden_states[1:]
-        parts.append(torch.cat([_normalise(state) for state in states], -1).to(dtype))
+        parts.append(torch.cat([normalise_state(state) for state in states], -1).to(dtype))
     return torch.cat(parts)
 
 

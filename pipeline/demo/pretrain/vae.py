@@ -1,8 +1,7 @@
-"""The VAE: Wan 2.1's architecture, an eighth as wide, trained to reconstruct the world."""
+"""The VAE: Wan 2.1's architecture, an eighth as wide and half as deep, trained to reconstruct the world."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +13,13 @@ from pipeline.demo.pretrain.data import base_scenes, drawn
 from pipeline.demo.pretrain.loop import Loop
 from pipeline.demo.pretrain.whole import WholeClips
 
-KL_WEIGHT = 3e-5
-ABSOLUTE_WEIGHT = 0.2
+KL_WEIGHT = 6e-3
+FLOOR = 1e-4
+"""Squared error below which a clip, 46 dB, is good enough."""
 
 
 def build_vae() -> AutoencoderKLWan:
-    return AutoencoderKLWan(base_dim=8, decoder_base_dim=12, z_dim=16, num_res_blocks=1)
+    return AutoencoderKLWan(base_dim=12, decoder_base_dim=12, z_dim=16, num_res_blocks=1)
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,18 @@ def _run(vae: AutoencoderKLWan, phase: Phase, pool_NTHWC: Tensor, lr: float) -> 
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean, logvar = (part.float() for part in whole.encode(video_BCTHW))
             made_BCTHW = whole.decode(mean + torch.exp(logvar / 2) * torch.randn_like(mean)).float()
-        error = made_BCTHW - video_BCTHW
-        square = error.square().mean()
+        square_B = (made_BCTHW - video_BCTHW).square().flatten(1).mean(1)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        # The mean of each clip's PSNR, so that the clips with the wildest colours do not take all of the capacity.
         return {
-            "loss": square + ABSOLUTE_WEIGHT * error.abs().mean() + KL_WEIGHT * kl,
-            "mse": square.detach(),
+            "loss": torch.log(square_B + FLOOR).mean() + KL_WEIGHT * kl,
+            "psnr": 10 * torch.log10(4 / square_B.detach()).mean(),
             "kl": kl.detach(),
         }
 
     index = torch.empty(phase.batch_size, dtype=torch.long, device=device)
-    with WholeClips(vae) as whole:
-        for record in loop.run(loss, index, round(phase.share * len(pool_NTHWC))):
-            record["psnr"] = 10 * math.log10(4 / record["mse"])
+    with WholeClips(vae, compiled=device.type == "cuda") as whole:
+        for record in loop.run(loss, index, round(phase.share * len(pool_NTHWC)), every=500):
             loop.say(record)
 
 
