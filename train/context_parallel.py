@@ -78,14 +78,16 @@ def all_tokens(first: Tensor, second: Tensor | None = None) -> tuple[Tensor, ...
     """All ranks' tokens, in order, of one or two tensors [B, N, ...]; gradients go where these came from, summed."""
     if _context is None:
         return (first,) if second is None else (first, second)
-    return _AllTokens.apply(_context.world, _context.group, first, second)
+    swapped = [_swapped(tensor) for tensor in (first, second) if tensor is not None]
+    gathered = _Gathered.apply(_context.world, _context.group, *swapped, *[None] * (2 - len(swapped)))
+    return tuple(_swapped(tensor) for tensor in gathered)
 
 
 def whole(x_BNC: Tensor) -> Tensor:
     """The tokens of all ranks, in order. Each rank differentiates its own only: the others do the same as it does."""
     if _context is None:
         return x_BNC
-    return _Whole.apply(x_BNC, _context.rank, _context.world, _context.group)
+    return _swapped(_Whole.apply(_swapped(x_BNC), _context.rank, _context.world, _context.group))
 
 
 def gather_first(x: Tensor, ranks: Context) -> Tensor:
@@ -108,42 +110,39 @@ def _undivided(ranks: int, token_counts: Iterable[int]) -> bool:
     return any(count % ranks for count in token_counts)
 
 
-class _AllTokens(torch.autograd.Function):
-    # No `*tensors`: compiled without gradients, PyTorch 2.11 tells by the number of arguments whether there is a ctx.
+class _Gathered(torch.autograd.Function):
+    # PyTorch 2.11 compiles Functions wrongly in two ways. An operation of the forward that returns its own input, as
+    # `contiguous` may, loses the gradient without a word: `_swapped` is outside. And compiled without gradients, it
+    # tells by the number of arguments whether there is a ctx: no `*tensors`.
     @staticmethod
-    def forward(ctx: Any, world: int, group: str, first: Tensor, second: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, world: int, group: str, first_NB: Tensor, second_NB: Tensor | None) -> tuple[Tensor, ...]:
         ctx.world, ctx.group = world, group
-        started = [_start_gather(tensor, world, group) for tensor in (first, second) if tensor is not None]
-        return tuple(_tokens_second(_ops.wait_tensor(tensor)) for tensor in started)
+        tensors = [tensor for tensor in (first_NB, second_NB) if tensor is not None]
+        started = [_ops.all_gather_into_tensor(tensor, world, group) for tensor in tensors]
+        return tuple(_ops.wait_tensor(tensor) for tensor in started)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        started = [
-            _ops.reduce_scatter_tensor(grad.transpose(0, 1).contiguous(), "sum", ctx.world, ctx.group) for grad in grads
-        ]
-        gathered = [_tokens_second(_ops.wait_tensor(tensor)) for tensor in started]
+        started = [_ops.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.world, ctx.group) for grad in grads]
+        gathered = [_ops.wait_tensor(tensor) for tensor in started]
         return None, None, gathered[0], gathered[1] if len(gathered) > 1 else None
 
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rank: int, world: int, group: str) -> Tensor:
-        ctx.first, ctx.count = rank * x.shape[1], x.shape[1]
-        return _tokens_second(_ops.wait_tensor(_start_gather(x, world, group)))
+    def forward(ctx: Any, x_NB: Tensor, rank: int, world: int, group: str) -> Tensor:
+        ctx.first, ctx.count = rank * x_NB.shape[0], x_NB.shape[0]
+        return _ops.wait_tensor(_ops.all_gather_into_tensor(x_NB, world, group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.narrow(1, ctx.first, ctx.count), None, None, None
+        return grad.narrow(0, ctx.first, ctx.count), None, None, None
 
 
 # The functional collectives by their operators: traceable, and the same from PyTorch 2.11 on, unlike their wrappers.
 _ops = torch.ops._c10d_functional
 
 
-def _start_gather(x: Tensor, world: int, group: str) -> Tensor:
-    """Collectives join tensors along their first dimension."""
-    return _ops.all_gather_into_tensor(x.transpose(0, 1).contiguous(), world, group)
-
-
-def _tokens_second(x: Tensor) -> Tensor:
+def _swapped(x: Tensor) -> Tensor:
+    """Samples and tokens swapped: collectives join tensors along their first dimension."""
     return x.transpose(0, 1).contiguous()

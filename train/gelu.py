@@ -28,6 +28,8 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        if x.dtype == torch.float32:  # compiled by PyTorch 2.11, a `float` that returns its input loses the gradient
+            return x * _below(x)
         return (x.float() * _below(x.float())).to(x.dtype)
 
     @staticmethod

@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -21,3 +22,13 @@ def test_bfloat16_is_rounded_once():
     off = (gelu(x).float() - F.gelu(x.float()).bfloat16().float()).abs()
     assert (off > 0).float().mean() < 0.02  # in the tail, where values are under 1e-3
     assert gelu(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_it_has_the_same_gradient(dtype):
+    """PyTorch 2.11 lost that of float32 where the forward casts a tensor to the dtype it has."""
+    x = torch.linspace(-3, 3, 20, dtype=dtype, requires_grad=True)
+    (expected,) = torch.autograd.grad(gelu(x).sum(), x)
+    compiled = torch.compile(lambda x: gelu(x * 1.0).sum(), backend="eager", fullgraph=True)
+    (found,) = torch.autograd.grad(compiled(x), x)
+    torch.testing.assert_close(found, expected)
