@@ -203,7 +203,7 @@ def test_encoders_that_find_no_place_are_an_error_that_names_it(
 
 
 def test_an_encoder_without_progress_is_replaced(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_executor, "STALL_SECONDS", 5.0)
+    monkeypatch.setattr(ray_executor, "STALL_SECONDS", 20.0)  # an encoder loads its models within it
     monkeypatch.setattr(ray_executor, "_LOOK_SECONDS", 1.0)
     job = make_job(decode_timeout=0.5)
     with ray_here(num_cpus=3):
