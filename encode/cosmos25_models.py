@@ -36,10 +36,7 @@ class VideoEncoder:
     def __init__(self, model: ModelConfig, config: EncodeConfig, device: torch.device) -> None:
         self._dtype = getattr(torch, config.dtype)
         self._device = device
-        self._vae = AutoencoderKLWan.from_pretrained(
-            model.path, revision=model.revision, subfolder="vae", torch_dtype=self._dtype
-        )
-        self._vae.to(device).eval().requires_grad_(False)
+        self._vae = _load_vae(model, self._dtype, device)
         self.latents_mean: list[float] = list(self._vae.config.latents_mean)
         self._fast = ChunkedEncoder(self._vae) if _has_fast_kernels(device, self._dtype) else None
 
@@ -51,6 +48,11 @@ class VideoEncoder:
         pixels = torch.from_numpy(frames_THWC).to(self._device).permute(3, 0, 1, 2).unsqueeze(0)
         video_BCTHW = (pixels.float() / 127.5 - 1.0).to(self._dtype)
         return self._vae.encode(video_BCTHW).latent_dist.mode()[0].cpu()
+
+
+def _load_vae(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan.from_pretrained(model.path, revision=model.revision, subfolder="vae", torch_dtype=dtype)
+    return vae.to(device).eval().requires_grad_(False)
 
 
 def accelerate_vae(vae: AutoencoderKLWan) -> None:
@@ -69,10 +71,7 @@ class VideoDecoder:
     def __init__(self, model: ModelConfig, config: EncodeConfig, device: torch.device) -> None:
         self._dtype = getattr(torch, config.dtype)
         self._device = device
-        self._vae = AutoencoderKLWan.from_pretrained(
-            model.path, revision=model.revision, subfolder="vae", torch_dtype=self._dtype
-        )
-        self._vae.to(device).eval().requires_grad_(False)
+        self._vae = _load_vae(model, self._dtype, device)
         accelerate_vae(self._vae)
 
     @torch.no_grad()
