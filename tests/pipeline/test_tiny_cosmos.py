@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from infer import cosmos25
 from infer.request import Request
@@ -131,6 +132,16 @@ def dropped(pipe: object) -> torch.Tensor:
     """The context of dropped text: the projection of zeros."""
     bias = pipe.transformer.crossattn_proj[0].bias
     return torch.nn.functional.gelu(bias).detach().expand(1, 512, -1).contiguous()
+
+
+@pytest.mark.parametrize("scene", [RED, BLUE])
+def test_an_image_comes_to_move_as_the_caption_says(draw: Callable[..., Frames], scene: Scene, tmp_path: Path) -> None:
+    truth = draw_clip(scene)
+    Image.fromarray(truth.frames[0]).save(tmp_path / "first.png")
+    found = measure(draw(scene.caption, image=tmp_path / "first.png"), truth, first=1)
+    assert found.appears >= 0.9
+    assert found.place < 2
+    assert found.psnr > 25
 
 
 def test_frames_a_video_begins_with_come_back_as_the_vae_keeps_them(
