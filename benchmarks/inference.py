@@ -4,18 +4,21 @@
 
 Both start from contexts at hand and end with frames in host memory, as floats (diffusers) and as bytes (ours).
 `--steps` steps are measured, and the whole is scaled: seconds a step times `--scale-to`, plus what does not depend on
-steps (VAE encode and decode). The correctness check comes first: one prediction of the transformer and one decoded
-clip, both in bfloat16, against float32; one with the base's linear layers in 8 bits, whose error is larger and
-reported. So is the PSNR of all frames against those of diffusers' pipeline.
+steps (VAE encode and decode). The pipelines take turns, so that all see the GPU as warm. The correctness check comes
+first: one prediction of the transformer and one decoded clip, both in bfloat16, against float32; one with the base's
+linear layers in 8 bits, whose error is larger and reported. So is the PSNR of all frames against diffusers'.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,12 +106,17 @@ def psnr(squared_error: float) -> float:
     return -10 * math.log10(squared_error)
 
 
-def seconds(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall time in seconds, and what the call returns."""
     torch.cuda.synchronize()
     begin = time.monotonic()
-    call()
+    result = call()
     torch.cuda.synchronize()
-    return time.monotonic() - begin
+    return time.monotonic() - begin, result
+
+
+def weights_gib(pipe: Any) -> float:
+    return sum(tensor.nbytes for part in (pipe.transformer, pipe.vae) for tensor in part.parameters()) / 2**30
 
 
 def main() -> None:
@@ -120,7 +128,7 @@ def main() -> None:
     parser.add_argument("--scale-to", type=int, default=36)
     parser.add_argument("--modes", default="text,image")
     parser.add_argument("--linears", default="dtype", help="of the base, ours: dtype, or dtype,fp8 for both")
-    parser.add_argument("--no-batch", action="store_true", help="also time two predictions a step, one after the other")
+    parser.add_argument("--rounds", type=int, default=3, help="of every pipeline in turn, whose median counts")
     add_arguments(parser)
     options = parser.parse_args()
     pipe = build()
@@ -133,8 +141,6 @@ def main() -> None:
     accelerate_vae(fast.vae)
     notes = [check(pipe.transformer, fast.transformer, raws[0]), check_decode(pipe.vae, fast.vae)]
     print(*notes, sep="\n", flush=True)
-    blocks = list(fast.transformer.transformer_blocks)
-    set_levels(blocks, ["none"] * len(blocks), compiled=True)
     with torch.no_grad():
         contexts = [loop.project(fast.transformer, raw) for raw in raws]
     image = Image.effect_noise((options.width, options.height), 64).convert("RGB")
@@ -152,9 +158,9 @@ def main() -> None:
             **size,
         ).frames[0]
 
-    def ours(mode: str, steps: int) -> Any:
+    def ours(own: Any, mode: str, steps: int) -> Any:
         latents = loop.denoise(
-            fast,
+            own,
             contexts,
             condition_BCTHW=pixels if mode == "image" else None,
             num_steps=steps,
@@ -164,37 +170,36 @@ def main() -> None:
             on_step=lambda: None,
             **size,
         )
-        return loop.to_bytes(loop.decode(fast, latents, options.num_frames))
+        return loop.to_bytes(loop.decode(own, latents, options.num_frames))
 
+    pipelines = {"diffusers": (stock, pipe), "ours": (partial(ours, fast), fast)}
+    if "fp8" in options.linears.split(","):
+        eight_bits = copy.copy(fast)
+        eight_bits.transformer = copy.deepcopy(fast.transformer)
+        quantise_base(eight_bits.transformer.transformer_blocks, TOKEN_LINEARS, DEVICE)
+        pipelines["ours, fp8 linears"] = (partial(ours, eight_bits), eight_bits)
+    for _, own in list(pipelines.values())[1:]:
+        blocks = list(own.transformer.transformer_blocks)
+        set_levels(blocks, ["none"] * len(blocks), compiled=True)
     rows = []
     frames = {}
-    fits = loop._fits
-
-    def measure(name: str, mode: str, call: Callable[[str, int], Any]) -> None:
-        clear()
-        seconds(lambda: call(mode, 1))  # kernels are chosen, compiled and loaded
-        one = seconds(lambda: call(mode, 1))
-        many = seconds(lambda: frames.__setitem__((name, mode), call(mode, options.steps)))
-        step = (many - one) / (options.steps - 1)
-        whole = one + step * (options.scale_to - 1)
-        rows.append((name, mode, step, one - step, whole, peak_gib()))
-        print(*rows[-1], flush=True)
-
-    modes = options.modes.split(",")
-    for mode in modes:
-        measure("diffusers", mode, stock)
-    for linears in options.linears.split(","):
-        name = "ours"
-        if linears == "fp8":
-            name = "ours, fp8 linears"
-            quantise_base(blocks, TOKEN_LINEARS, DEVICE)
-            set_levels(blocks, ["none"] * len(blocks), compiled=True)
-        for mode in modes:
-            measure(name, mode, ours)
-            if options.no_batch:
-                loop._fits = lambda *args: False
-                measure(f"{name}, one prediction at a time", mode, ours)
-                loop._fits = fits
+    for mode in options.modes.split(","):
+        for call, _ in pipelines.values():
+            call(mode, 1)  # kernels are chosen, compiled and loaded
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
+        peaks = {}
+        for _, (name, (call, own)) in itertools.product(range(options.rounds), pipelines.items()):
+            clear()
+            resident = torch.cuda.memory_allocated() / 2**30
+            one, _ = timed(partial(call, mode, 1))
+            many, frames[name, mode] = timed(partial(call, mode, options.steps))
+            step = (many - one) / (options.steps - 1)
+            times[name].append((step, one - step))
+            peaks[name] = peak_gib() - resident + weights_gib(own)
+        for name, measured in times.items():
+            step, rest = (statistics.median(values) for values in zip(*measured, strict=True))
+            rows.append((name, mode, step, rest, rest + step * options.scale_to, peaks[name]))
+            print(*rows[-1], measured, flush=True)
     for (name, mode), video in frames.items():
         if name != "diffusers":
             off = float(np.square(np.float32(video) / 255 - frames["diffusers", mode]).mean())

@@ -128,6 +128,7 @@ def floor(
 ) -> tuple[float, list[str]]:
     """Milliseconds of a step's attention at the best kernel's rate and of its linears at the GEMM rate.
 
+    The model FLOP of `train.flops`: attention to the video and to the text, and the base's linears over the tokens.
     clock: `milliseconds` times a kernel that runs a few times on an idle GPU, `sustained` on one that is as busy as in
     training, whose clocks are lower.
     """
@@ -145,7 +146,7 @@ def floor(
     rate = 2 * tokens * 2048 * 8192 / gemm / 1e9
     width, layers = 2048, 28
     linear = 2 * tokens * (4 + 2 + 8) * width**2 * layers / 1e9  # GFLOP, q k v out, cross q out, mlp; and again for dx
-    total = layers * (forward + backward) + 2 * linear / rate
+    total = layers * (forward + backward) * (1 + CONTEXT_LENGTH / tokens) + 2 * linear / rate
     flops = 4 * tokens**2 * width / 1e9
     return total, [
         f"attention {kernel}: forward {flops / forward:.0f}, backward {2.5 * flops / backward:.0f} TFLOP/s; "
