@@ -1,10 +1,11 @@
 """Two GPUs under NCCL against one: a sample shared by tokens, weights split, and guided sampling shared.
 
-    python -m benchmarks.two_gpus [--commit REV] [--output FILE]
+    python -m benchmarks.two_gpus [--parts training,sampling] [--commit REV] [--output FILE]
 
 Training runs through `latentline train` from a cache of random latents at 432x768x93; losses must be those of one GPU
 within bfloat16's tolerance, step by step. Sampling runs the denoising loop on random weights in the real shapes, shared
-as `infer.parallel` says; its latents are compared with those of one GPU before it is timed.
+as `infer.parallel` says. Guidance makes bfloat16's rounding large: latents may be as far from one GPU's as those that
+the same GPU computes with its two predictions one after the other instead of as a batch.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ from benchmarks.random_job import latent_shape, make_job, recipe_of, records_of,
 from benchmarks.report import add_arguments, report
 from infer import denoise as loop
 from infer.team import Layout, in_team, open_store
+from pipeline.demo.checkpoint import build_tiny_checkpoint
 from pipeline.recipe import resolved, to_toml
 from train.parallel import barrier, join
 
 STEPS, MEASURED = 5, 2
 TOLERANCE = 0.01
+EXACT = 1e-4
+"""Distance that is rounding whatever the dtype."""
+
 TRAINING: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("1 GPU, batch 1", 1, {"batch_size": 1}),
     ("1 GPU, batch 2", 1, {"batch_size": 2}),
@@ -125,36 +130,45 @@ def sampling_rank(steps: int, tiny: bool, folder: Path) -> None:
             latents, many = run(steps, **shared)
             return latents, (many - run(1, **shared)[1]) / (steps - 1)
 
-        expected, alone = timed()
-        rows = [("1 GPU", alone, 0.0, 1.0)]
+        def distance(latents: torch.Tensor, others: torch.Tensor) -> float:
+            return float((latents - others).norm() / others.norm())
+
+        expected, alone = timed(together=True)
+        one_by_one, seconds = timed(together=False)
+        rounding = distance(one_by_one, expected)
+        rows = [("1 GPU", alone, 0.0, rounding, 1.0), ("1 GPU, a prompt at a time", seconds, rounding, 0.0, 1.0)]
         store = open_store(ranks)
         for name, layout in LAYOUTS.items():
             with in_team(ranks, layout, store) as team:
                 latents, seconds = timed(guidance_ranks=team.guidance, context_ranks=team.context)
-            error = float((latents - expected).norm() / expected.norm())
             videos = layout.teams * alone / seconds
-            rows.append((f"2 GPUs, {name}", seconds, error, videos))
+            rows.append(
+                (f"2 GPUs, {name}", seconds, distance(latents, expected), distance(latents, one_by_one), videos)
+            )
         if ranks.is_main:
             (folder / "sampling.json").write_text(json.dumps(rows))
             for row in rows:
                 print(*row, flush=True)
-        if any(error > 0.05 for _, _, error, _ in rows):
+        if any(min(whole, halves) > max(1.25 * rounding, EXACT) for _, _, whole, halves, _ in rows):
             raise SystemExit(f"latents differ from one GPU's: {rows}")
 
 
 def sampling(folder: Path, tiny: bool, steps: int) -> list[str]:
+    if tiny and not (folder / "checkpoint").exists():
+        build_tiny_checkpoint(folder / "checkpoint")
     own = ["--rank", "--folder", str(folder), "--steps", str(steps), *(["--tiny"] if tiny else [])]
     runner = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533"]
     subprocess.run([*runner, "-m", "benchmarks.two_gpus", *own], check=True)
-    lines = ["| guided sampling | s/step | videos a second, of 1 GPU's | latents, distance from 1 GPU's |"]
-    lines += ["|---|---|---|---|"]
-    for name, seconds, error, videos in json.loads((folder / "sampling.json").read_text()):
-        lines.append(f"| {name} | {seconds:.3f} | {videos:.2f} | {error:.4f} |")
+    columns = ["guided sampling", "s/step", "videos a second, of 1 GPU's", "latents, distance from 1 GPU's"]
+    lines = [f"| {' | '.join([*columns, 'and from a prompt at a time'])} |", "|---|---|---|---|---|"]
+    for name, seconds, whole, halves, videos in json.loads((folder / "sampling.json").read_text()):
+        lines.append(f"| {name} | {seconds:.3f} | {videos:.2f} | {whole:.4f} | {halves:.4f} |")
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="training,sampling")
     parser.add_argument("--steps", type=int, default=4, help="of sampling, timed")
     parser.add_argument("--tiny", action="store_true", help="try the script with the demo's model; no numbers")
     parser.add_argument("--rank", action="store_true", help="be one rank of the sampling, under torchrun")
@@ -166,7 +180,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="latentline-") as temporary:
         folder = options.folder or Path(temporary)
-        tables = [training(folder, options.tiny), sampling(folder, options.tiny, options.steps)]
+        tables = []
+        if "training" in options.parts:
+            tables.append(training(folder, options.tiny))
+        if "sampling" in options.parts:
+            tables.append(sampling(folder, options.tiny, options.steps))
     report(
         options,
         "Two GPUs against one, 432x768x93, bfloat16, random weights and samples",
