@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS, RANKS = 128, 128, 32
+ROWS, COLUMNS, RANKS = 64, 128, 32
 
 
 def add_low_rank(y_NM: Tensor, low_NR: Tensor, up_MR: Tensor) -> None:
@@ -29,7 +29,7 @@ def add_low_rank(y_NM: Tensor, low_NR: Tensor, up_MR: Tensor) -> None:
         BN=ROWS,
         BM=COLUMNS,
         BR=RANKS,
-        num_warps=8,
+        num_warps=4,
     )
 
 
@@ -53,7 +53,7 @@ def _add_low_rank_kernel(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     mask = (n < rows)[:, None] & (m < columns)[None, :]
     offset = n.to(tl.int64)[:, None] * columns + m[None, :]
-    y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    added = tl.zeros((BN, BM), dtype=tl.float32)
     for first in tl.static_range(0, RANK, BR):
         r = first + tl.arange(0, BR)
         low = tl.load(
@@ -66,5 +66,6 @@ def _add_low_rank_kernel(
             mask=(m < columns)[None, :] & (r < RANK)[:, None],
             other=0.0,
         )
-        y += tl.dot(low, up)
-    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+        added = tl.dot(low, up, added)
+    y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offset, (y + added).to(y_ptr.dtype.element_ty), mask=mask)
