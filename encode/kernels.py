@@ -5,6 +5,7 @@ They work on the flat layout of `encode.grid`: one row of channels a pixel, zero
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+# As the kernels were measured. Triton 3.9 asks for a choice, 3.10 will choose otherwise.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 BLOCK_K = 64
 NORM_ROWS = 32

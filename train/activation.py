@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,6 +157,8 @@ def _run_at(level: Level, forward: Callable[..., Tensor], *, compiled: bool) -> 
         return run
     # Its one warning here, a rank, asks that checkpointed regions hold no in-place operations; ours hold none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    # As everything was measured. Triton 3.9 asks for a choice, 3.10 will choose otherwise.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     # 28 blocks run one graph a level; a second graph serves the first block, whose input needs no gradient.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(run, fullgraph=True, dynamic=False)

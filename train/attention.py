@@ -8,11 +8,13 @@ at a run's own shape; nothing is chosen by name.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -116,12 +118,19 @@ def _milliseconds(run: Callable[[], None]) -> float:
     return begin.elapsed_time(end) / 3
 
 
+@functools.cache
+def _flash4_library() -> Any:
+    from flash_attn.cute import interface
+
+    # Said of an argument that the library passes to itself, for each kernel it compiles.
+    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
+    return interface
+
+
 @torch.library.custom_op("latentline::flash4", mutates_args=())
 def _flash4(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """FlashAttention-4: output [B, N, H, D] and log-sum-exp [B, H, N] float32."""
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    out, lse, *_ = _flash_attn_fwd(query, key, value, return_lse=True)
+    out, lse, *_ = _flash4_library()._flash_attn_fwd(query, key, value, return_lse=True)
     return out, lse
 
 
@@ -135,9 +144,8 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def _flash4_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    grad_query, grad_key, grad_value, *_ = _flash_attn_bwd(query, key, value, out, grad.contiguous(), lse)
+    grads = _flash4_library()._flash_attn_bwd(query, key, value, out, grad.contiguous(), lse)
+    grad_query, grad_key, grad_value, *_ = grads
     return grad_query, grad_key, grad_value
 
 
