@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
-from manifests.config import STRICT, Dtype
+from manifests.config import STRICT, Dtype, Place, Seed
 from manifests.errors import UsageError
 from manifests.hints import HintKind, Preset
 from manifests.mixture import Mixture
@@ -64,7 +64,7 @@ class DatasetConfig:
     """
 
     layout: Layout
-    path: str
+    path: Place
     media: Literal["videos", "images"] = "videos"
     weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     prompt: str | None = None
@@ -117,7 +117,7 @@ class WindowsConfig:
     mode: Literal["head", "uniform", "random", "slide"] = "head"
     count: int = Field(default=1, ge=1)
     stride: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -134,7 +134,7 @@ class HintsConfig:
 
     kinds: tuple[HintKind, ...] = ()
     variants: int = Field(default=4, ge=1, le=64)
-    seed: int = 0
+    seed: Seed = 0
     edge_preset: Preset | None = None
     vis_preset: Preset | None = None
     image_context: Literal["zero", "given"] = "zero"
@@ -180,7 +180,7 @@ class EncodeConfig:
     max_failed: fraction of the videos that may be quarantined before the job stops.
     """
 
-    cache: str
+    cache: Place
     snapshot: str = "train"
     height: int = 704
     width: int = 1280

@@ -71,7 +71,7 @@ def _join_ray() -> None:
     options = {} if address else {"include_dashboard": False}
     try:
         host, colon, port = (address or "").rpartition(":")
-        if colon and port.isdigit() and "/" not in host:
+        if colon and port.isdecimal() and "/" not in host:
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()  # ray.init would try for minutes
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, RuntimeError) as error:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from manifests.config import STRICT, Dtype
+from manifests.config import STRICT, Dtype, Place, Seed
 from manifests.hints import HintKind
 
 
@@ -19,7 +19,7 @@ class AdapterConfig:
     sigma_min or more and less than sigma_max; null means no end.
     """
 
-    path: str
+    path: Place
     weight: float = 1.0
     sigma_min: float = Field(default=0.0, ge=0, le=1)
     sigma_max: float | None = Field(default=None, gt=0, le=1)
@@ -36,7 +36,7 @@ class AdapterConfig:
 class ControlnetConfig:
     """A controlnet: a folder with `config.json` and weights, or a hub id; revision: of the hub id."""
 
-    path: str
+    path: Place
     revision: str | None = None
 
 
@@ -65,7 +65,7 @@ class InferConfig:
     ground_truth: folder with `<name>.mp4` for each request, to compare with by PSNR and SSIM.
     """
 
-    output: str = "videos"
+    output: Place = "videos"
     inputs: str | None = None
     adapters: dict[str, AdapterConfig] = Field(default_factory=dict)
     fuse: bool = False
@@ -76,7 +76,7 @@ class InferConfig:
     num_steps: int = Field(default=36, ge=1)
     guidance: float = Field(default=7.0, ge=0)
     negative_prompt: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     conditioning_timestep: float = 0.0001
     chunk_frames: int | None = 93
     chunk_overlap: int = 1

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Dtype = Literal["bfloat16", "float32"]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""What PyTorch's generators take."""
+
+Place = Annotated[str, Field(min_length=1)]
+"""A path or URL: not empty, which would be the working directory."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -13,10 +13,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from manifests.errors import EXIT_DONE, LatentlineError, UsageError
+from manifests.disk import refusal
+from manifests.errors import EXIT_DONE, EXIT_FAILURE, LatentlineError, UsageError
 from pipeline.cache_cli import cache_app
 from pipeline.export_cli import export
-from pipeline.launch import is_first_to_say
+from pipeline.launch import follow_launcher, is_first_to_say
 from pipeline.options import DryRunOption, JsonOption, RecipeArgument, SetOption
 from pipeline.recipe import builtin_recipes, load_recipe, resolved, to_toml
 from pipeline.report import emit, log
@@ -231,9 +232,9 @@ def _task(task: str | None) -> tuple[int, int | None]:
     if task is None:
         return 0, 1
     index, separator, total = task.partition("/")
-    if index.isdigit() and not separator:
+    if index.isdecimal() and not separator:
         return int(index), None
-    if not (index.isdigit() and total.isdigit() and int(index) < int(total)):
+    if not (index.isdecimal() and total.isdecimal() and int(index) < int(total)):
         raise UsageError(f"--task {task!r}: write it as I/N with 0 <= I < N, or as I after --plan --tasks N")
     return int(index), int(total)
 
@@ -256,6 +257,7 @@ def _log_setup() -> None:
 def main() -> None:
     """Run the command line; user errors become one line on stderr and an exit code."""
     _log_setup()
+    follow_launcher()
     try:
         app()
     except LatentlineError as error:
@@ -263,6 +265,12 @@ def main() -> None:
         if is_first_to_say(message):
             log(f"error: {message}")
         sys.exit(error.exit_code)
+    except OSError as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        log(f"error: {error.filename or 'an output'}: {reason}")
+        sys.exit(EXIT_FAILURE)
     except KeyboardInterrupt:
         log("interrupted")
         sys.exit(130)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from manifests.config import Dtype, ModelConfig
+from manifests.errors import UsageError
 from pipeline.options import JsonOption
 from pipeline.report import emit, log, quiet_libraries
 
@@ -44,7 +45,10 @@ def export(
 
     quiet_libraries()
     check_output(to, output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {output}: {output.parent} cannot be made: {error.strerror}") from error
     loaded = load_weights(source, family=family, alpha=alpha, ema=ema, scratch=output.parent)
     model = ModelConfig(path=base, revision=revision, family=family) if base else None
     wanted = {None: None, "bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ from types import FrameType
 from manifests.errors import EXIT_DONE, EXIT_FAILURE, EXIT_PREEMPTED, UsageError
 from pipeline.report import log
 
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+# A terminal that closes sends SIGHUP, which the ranks, in sessions of their own, would not hear.
+_FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGHUP: signal.SIGTERM}
 _SAID = "LATENTLINE_SAID"
 
 # After a rank has failed the others are of no use, but may have noticed and have something to say; after one was
@@ -63,7 +65,7 @@ def count_gpus(text: str) -> int:
         return there
     if text == "all":
         raise UsageError("--gpus all: PyTorch sees no GPU here; write a number of ranks for the CPU")
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise UsageError(f"--gpus {text!r}: write a number of GPUs, or all")
     if there and int(text) > there:
         raise UsageError(f"--gpus {text}: this machine has {there}")
@@ -73,7 +75,8 @@ def count_gpus(text: str) -> int:
 def launch(arguments: Sequence[str], *, ranks: int, node: Node | None = None) -> int:
     """Run `latentline ARGUMENTS` on `ranks` ranks of this machine; return what this command is to exit with.
 
-    That is the status of the rank that failed first; the others are ended. SIGTERM and SIGUSR1 are passed on.
+    That is the status of the rank that failed first; the others are ended. SIGTERM and SIGUSR1 are passed on, and
+    SIGHUP as SIGTERM. Ranks whose launcher was killed stop as if it had sent SIGTERM (`follow_launcher`).
     """
     if "RANK" in os.environ:
         raise UsageError("--gpus starts the ranks itself; leave it out under torchrun")
@@ -93,7 +96,9 @@ def launch(arguments: Sequence[str], *, ranks: int, node: Node | None = None) ->
                 own = {"RANK": str(node.index * ranks + local_rank), "LOCAL_RANK": str(local_rank)}
                 command = [sys.executable, "-P", "-m", "pipeline.cli", *arguments]
                 # In sessions of their own: Ctrl-C is for this process alone, which then ends them.
-                processes.append(subprocess.Popen(command, env=environment | own, start_new_session=True))
+                processes.append(
+                    subprocess.Popen(command, env=environment | own, stdin=subprocess.PIPE, start_new_session=True)
+                )
             for number in received[:]:  # before all were there to hear it
                 for process in processes:
                     process.send_signal(number)
@@ -112,6 +117,19 @@ def is_first_to_say(message: str) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def follow_launcher() -> None:
+    """In a rank that `launch` started: send it SIGTERM once the launcher is gone, whose end of stdin then closes."""
+    if _SAID not in os.environ:
+        return
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _folder_of_all_ranks() -> Path | None:
@@ -161,11 +179,12 @@ def _forwarding() -> Iterator[tuple[list[subprocess.Popen[bytes]], list[int]]]:
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+        received.append(_FORWARDED[signal.Signals(number)])
         for process in processes:
-            process.send_signal(number)
+            process.send_signal(received[-1])
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    ignored = {number for number in _FORWARDED if signal.getsignal(number) == signal.SIG_IGN}  # by nohup
+    before = {number: signal.signal(number, forward) for number in _FORWARDED.keys() - ignored}
     try:
         yield processes, received
     finally:

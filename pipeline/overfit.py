@@ -66,6 +66,7 @@ def overfit_config(config: TrainConfig, count: int) -> TrainConfig:
 
 def overfit_stage(recipe: Recipe, count: int, *, dry_run: bool = False) -> tuple[dict[str, Any], int]:
     """Run the check, or with `dry_run` describe its training; return the result and the exit code, 1 if it failed."""
+    from train.lock import only_writer
     from train.model import check, describe
     from train.trainer import train
 
@@ -78,7 +79,8 @@ def overfit_stage(recipe: Recipe, count: int, *, dry_run: bool = False) -> tuple
     if dry_run:
         return describe(recipe.model, config, chosen), EXIT_DONE
     check(recipe.model, config, chosen)
-    result = train(recipe.model, config, chosen, prepare_output(recipe, chosen, store), held_out=chosen)
+    with only_writer(Path(config.output)):
+        result = train(recipe.model, config, chosen, prepare_output(recipe, chosen, store), held_out=chosen)
     curve = [
         (record["step"], record["validation/loss"])
         for record in read_metrics(Path(config.output))

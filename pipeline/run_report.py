@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import re
 import time
@@ -47,7 +46,7 @@ def write_report(run: Path, output: Path | None = None) -> dict[str, Any]:
     if not recipe_file.is_file() and not (run / METRICS_NAME).is_file():
         raise UsageError(f"{run}: neither {RECIPE_NAME} nor {METRICS_NAME} is in it; give train.output of a recipe")
     recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else None
-    records = _records(run)
+    records = read_metrics(run)
     steps = _steps(recipe_file, recipe)
     state = _state(run, records, steps)
     text = page(
@@ -70,13 +69,6 @@ def write_report(run: Path, output: Path | None = None) -> dict[str, Any]:
     except OSError as error:
         raise LatentlineError(f"{target}: cannot be written: {error.strerror or error}") from error
     return {"report": str(target), "state": state[1], "steps": _done(records), "records": len(records)}
-
-
-def _records(run: Path) -> list[dict[str, Any]]:
-    try:
-        return read_metrics(run)
-    except json.JSONDecodeError as error:
-        raise LatentlineError(f"{run / METRICS_NAME}: a line is not JSON: {error}; remove that line") from error
 
 
 def _steps(path: Path, recipe: str | None) -> int | None:

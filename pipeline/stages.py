@@ -33,6 +33,7 @@ def train_stage(
     from pipeline.model_card import write_model_folder
     from pipeline.push import check_push, push
     from pipeline.samples import SampleVideos
+    from train.lock import only_writer
     from train.model import check, describe
     from train.trainer import train
     from train.validate import split
@@ -53,16 +54,17 @@ def train_stage(
     make_samples = None
     if recipe.train.samples.every:
         make_samples = SampleVideos(recipe, held_out or training, store)
-    store = prepare_output(recipe, snapshot, store)
-    result = train(
-        recipe.model, recipe.train, snapshot, store, mixture=mixture, make_samples=make_samples, profile=profile
-    )
-    told = {**asdict(result), "snapshot": snapshot.hash}
-    if is_main:
-        told |= write_control(recipe, training)
-        folder = write_model_folder(recipe, Path(recipe.train.output), repo_id=push_to)
-        if push_to is not None:
-            told["pushed"] = push(folder, push_to)
+    with only_writer(Path(recipe.train.output)):
+        store = prepare_output(recipe, snapshot, store)
+        result = train(
+            recipe.model, recipe.train, snapshot, store, mixture=mixture, make_samples=make_samples, profile=profile
+        )
+        told = {**asdict(result), "snapshot": snapshot.hash}
+        if is_main:
+            told |= write_control(recipe, training)
+            folder = write_model_folder(recipe, Path(recipe.train.output), repo_id=push_to)
+            if push_to is not None:
+                told["pushed"] = push(folder, push_to)
     return told
 
 

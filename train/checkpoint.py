@@ -195,7 +195,8 @@ def write(folder: Path, progress: Progress, state: State, settings: Mapping[str,
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         raise LatentlineError(f"checkpoint {str(final)!r}: cannot be written: {error}") from error
-    for old in _folders(folder)[:-keep_last]:
+    # Later ones are torn, or the run would have continued from them: they do not count among the kept.
+    for old in [path for path in _folders(folder) if step_of(path) <= progress.step][:-keep_last]:
         shutil.rmtree(old)
     return final
 
@@ -275,7 +276,9 @@ def _load_optimizer(
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    """The checkpoints in order of step; a folder of another name, such as a copy put aside, is none."""
+    named = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal() and path.is_dir()]
+    return sorted(named, key=step_of)
 
 
 def _problem(path: Path) -> str | None:

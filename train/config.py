@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
-from manifests.config import STRICT, Dtype
+from manifests.config import STRICT, Dtype, Place, Seed
 from manifests.hints import HintKind
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 Method = Literal["lora", "dora", "adapters", "full", "control"]
 
 
@@ -62,7 +63,7 @@ class OptimizerConfig:
     """AdamW (arXiv:1711.05101). lr: peak learning rate, before the schedule's factor."""
 
     lr: float = Field(default=4.316e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=1e-3, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
@@ -160,7 +161,7 @@ class SamplesConfig:
     image: bool = True
     num_steps: int = Field(default=20, ge=1)
     guidance: float = Field(default=7.0, ge=0)
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -196,12 +197,12 @@ class TrainConfig:
     local_cache_gb of it (10**9 bytes) for all ranks of the machine together, which share it.
     """
 
-    output: str = "run"
+    output: Place = "run"
     snapshot: str | None = None
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=1, ge=1)
     micro_batch_size: int = Field(default=1, ge=1)
-    seed: int = 0
+    seed: Seed = 0
     dtype: Dtype = "bfloat16"
     base_linears: Literal["dtype", "fp8"] = "dtype"
     method: Method | tuple[Method, ...] = "lora"
@@ -222,7 +223,7 @@ class TrainConfig:
     keep_last: int = Field(default=3, ge=1)
     async_save: bool = False
     loader_threads: int = Field(default=4, ge=1)
-    local_cache: str | None = None
+    local_cache: Place | None = None
     local_cache_gb: float = Field(default=100.0, gt=0)
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     samples: SamplesConfig = Field(default_factory=SamplesConfig)

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from manifests.errors import UsageError
+from manifests.disk import writing
+from manifests.errors import LatentlineError, UsageError
 from train.config import TrackConfig
 
 METRICS_NAME = "metrics.jsonl"
@@ -61,7 +62,7 @@ class Metrics:
 
     def record(self, values: Mapping[str, float | int]) -> None:
         """Write one record; `values["step"]` orders them. Names without a slash are the training's."""
-        with open(self._file, "a") as file:
+        with writing(self._file), open(self._file, "a") as file:
             file.write(json.dumps(dict(values)) + "\n")
         step = int(values["step"])
         scalars = {name: value for name, value in values.items() if name != "step"}
@@ -123,12 +124,24 @@ class Meter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, oldest first; a last line cut by a kill is left out."""
+    """Return the records of a run, oldest first; a last line cut by a kill is left out.
+
+    Raises `LatentlineError` for any other line that is no record.
+    """
     path = folder / METRICS_NAME
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [_record(path, number, line) for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1)]
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise LatentlineError(f"{path}: line {number} is not JSON: {error}; remove that line") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise LatentlineError(f"{path}: line {number} is no record of a step; remove that line")
+    return record
 
 
 def _truncate(path: Path, done: int) -> None:

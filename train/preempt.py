@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""SIGTERM comes from torchrun, `ray job stop` and most schedulers, SIGUSR1 from SLURM's `--signal`."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""SIGTERM comes from torchrun, `ray job stop` and most schedulers, SIGUSR1 from SLURM's `--signal`, SIGHUP from a terminal
+that closes."""
 
 
 class StopFlag:
@@ -24,12 +25,16 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopFlag]:
-    """Catch `SIGNALS` while the context lasts; off the main thread, where Python allows no handlers, catch none."""
+    """Catch `SIGNALS` while the context lasts; off the main thread, where Python allows no handlers, catch none.
+
+    One that is ignored, as nohup has SIGHUP, stays so.
+    """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = {number: signal.signal(number, flag._handle) for number in SIGNALS}
+    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, flag._handle) for number in caught}
     try:
         yield flag
     finally:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from manifests.config import ModelConfig
+from manifests.disk import writing
 from manifests.errors import LatentlineError, Preempted, UsageError
 from manifests.mixture import Mixture
 from manifests.order import order_of
@@ -295,7 +296,8 @@ class Run:
 
     def _write(self, weights: Weights, name: str) -> Path:
         if self.ranks.is_main:
-            weights.write(self.output / name)
+            with writing(self.output / name):
+                weights.write(self.output / name)
         return self.output / name / weights.file_name
 
     def sample_ids(self, step: int) -> list[str]:

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 
 from manifests.config import ModelConfig
+from manifests.disk import writing
 from manifests.errors import UsageError
 from manifests.family import find_family
 from manifests.fingerprint import component_folder
@@ -175,13 +176,14 @@ def save_weights(
     if form == "nvidia" and isinstance(weights, Adapter):
         notes.append(f"a .pt holds no alpha: NVIDIA's experiment must say lora_alpha={weights.config['lora_alpha']}")
     building = output.parent / f".{output.name}.building"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _remove(building)
-    try:
-        _write(weights, form, building, base or ModelConfig(path="", family=loaded.family), dtype)
-        building.rename(output)
-    finally:
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
         _remove(building)
+        try:
+            _write(weights, form, building, base or ModelConfig(path="", family=loaded.family), dtype)
+            building.rename(output)
+        finally:
+            _remove(building)
     return notes
 
 

@@ -163,7 +163,7 @@ def test_a_folder_that_is_no_run_is_one_line(latentline: Latentline, tmp_path: P
     (tmp_path / "metrics.jsonl").write_text("{}}\n{}\n")
     outcome = latentline("report", tmp_path)
     assert outcome.code == 1
-    assert "a line is not JSON" in outcome.error()
+    assert "line 1 is not JSON" in outcome.error()
 
 
 def test_a_damaged_picture_does_not_stop_the_page(run: Path) -> None:

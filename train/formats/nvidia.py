@@ -100,7 +100,8 @@ def write_nvidia(path: Path, weights: Adapter | FullModel, names: NameMap) -> No
             state[f"{_NET}{original}"] = tensor
     if unknown:
         raise unmatched(path, unknown, "has no name in NVIDIA's code")
-    torch.save(state, path)
+    with open(path, "wb") as file:  # opened here, a full disk is an OSError
+        torch.save(state, file)
 
 
 def _canonical_part(original: str) -> str:
