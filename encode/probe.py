@@ -148,11 +148,11 @@ def frame_index(path: VideoFile) -> FrameIndex:
 @functools.lru_cache(maxsize=8)
 def _frame_index(path: VideoFile, size: int, mtime_ns: int) -> FrameIndex:
     with open_video(path) as (container, stream):
-        first, pts, keyframes, num_packets, usable = _scan(path, container, stream)
+        first, pts, keyframes, num_packets, end, usable = _scan(path, container, stream)
         if first is None:
             raise DecodeError(f"{path}: no frame can be decoded")
         rate = float(stream.average_rate or stream.guessed_rate or 0) or 1.0
-        _refuse_truncated(path, container, stream, num_packets, max(pts, default=0))
+        _refuse_truncated(path, container, stream, num_packets, end)
         time_base = stream.time_base
         coded = (stream.codec_context.codec.canonical_name, first.width, first.height, orientation(path, first))
     if not usable:
@@ -168,9 +168,9 @@ def _frame_index(path: VideoFile, size: int, mtime_ns: int) -> FrameIndex:
     )
 
 
-def _scan(path: VideoFile, container: Any, stream: Any) -> tuple[Any, list[int], list[tuple[int, int]], int, bool]:
-    """(first decoded frame, pts of presented frames, keyframes, packets seen, whether the pts can be used)."""
-    first = None
+def _scan(path: VideoFile, container: Any, stream: Any) -> tuple[Any, list[int], list[tuple[int, int]], int, int, bool]:
+    """(first frame, pts of presented frames, keyframes, packets seen, end of the last, whether the pts can be used)."""
+    first, end = None, 0
     pts: list[int] = []
     keyframes: list[tuple[int, int]] = []
     num_packets = 0
@@ -191,18 +191,19 @@ def _scan(path: VideoFile, container: Any, stream: Any) -> tuple[Any, list[int],
             usable = False
             continue
         pts.append(packet.pts)
+        end = max(end, packet.pts + (packet.duration or 0))
         if packet.is_keyframe:
             keyframes.append((packet.pts, packet.pts if packet.dts is None else min(packet.dts, packet.pts)))
-    return first, pts, keyframes, num_packets, usable and len(set(pts)) == len(pts)
+    return first, pts, keyframes, num_packets, end, usable and len(set(pts)) == len(pts)
 
 
-def _refuse_truncated(path: VideoFile, container: Any, stream: Any, num_packets: int, last_pts: int) -> None:
+def _refuse_truncated(path: VideoFile, container: Any, stream: Any, num_packets: int, end: int) -> None:
     if stream.frames > num_packets:
         raise DecodeError(f"{path}: truncated: {num_packets} of {stream.frames} frames are there")
     promised = _duration_tag(stream)
     if promised is None and len(container.streams) == 1 and container.duration:
         promised = container.duration / av.time_base
-    found = last_pts * float(stream.time_base)
+    found = end * float(stream.time_base)
     if promised is not None and promised - found > max(0.5, 0.02 * promised):
         raise DecodeError(f"{path}: truncated: {found:.2f} of {promised:.2f} seconds are there")
 

@@ -72,7 +72,7 @@ class InferConfig:
     height: int = 704
     width: int = 1280
     num_frames: int = 93
-    fps: float = Field(default=16.0, gt=0)
+    fps: float = Field(default=16.0, ge=0.01, le=1000)
     num_steps: int = Field(default=36, ge=1)
     guidance: float = Field(default=7.0, ge=0)
     negative_prompt: str | None = None

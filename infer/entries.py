@@ -74,8 +74,10 @@ def _check_object(where: str, raw: Any) -> None:
 
 def check_name(where: str, name: str) -> None:
     """Raise UsageError unless an entry's name can be a file's."""
-    if re.search(r"[/\\]", name) or name.startswith("."):
-        raise UsageError(f"{where}: name {name!r} becomes a file name; leave out '/' and a leading '.'")
+    if re.search(r"[/\\\x00-\x1f\x7f]", name) or name.startswith("."):
+        raise UsageError(
+            f"{where}: name {name!r} becomes a file name; leave out '/', control characters and a leading '.'"
+        )
     if len(name.encode()) > MOST_NAME_BYTES:
         raise UsageError(f"{where}: name {name[:40]!r}... becomes a file name; {MOST_NAME_BYTES} bytes at most")
 

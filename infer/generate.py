@@ -103,6 +103,7 @@ def generate(
         family.require_guardrail()
     output = Path(config.output)
     _check_output(output)
+    _check_videos(output, requests, force)
     with join() if ranks is None else nullcontext(ranks) as ranks:
         check_base_linears(config, ranks.device)
         store = open_store(ranks)
@@ -253,6 +254,20 @@ def _check_output(output: Path) -> None:
         raise UsageError(f"infer.output: {output}: {existing} is a file; choose another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"infer.output: {output}: cannot write into {existing}")
+
+
+def _check_videos(output: Path, requests: Sequence[Request], force: bool) -> None:
+    """Raise UsageError if a video would take the place of an input, or without `force` of what `infer` did not make."""
+    for request in requests:
+        path = output / f"{request.name}.mp4"
+        controls = [file for control in request.controls for file in (control.path, control.mask)]
+        inputs = [request.image, request.video, request.ground_truth, request.source, *controls]
+        if path.resolve() in [file.resolve() for file in inputs if file is not None]:
+            raise UsageError(f"infer.output: {path} is an input of {request.name!r}; choose another folder")
+        if not force and path.exists() and read_fingerprint(path) is None:
+            raise UsageError(
+                f"infer.output: {path} was not made by `latentline infer`; choose another folder, or give --force"
+            )
 
 
 def _report(model: ModelConfig, config: InferConfig, guardrail: bool, ranks: Ranks) -> dict[str, Any]:

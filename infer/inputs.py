@@ -56,8 +56,9 @@ def _read(inputs: str, default: Request, parse: Parse | None) -> list[Request]:
         return read_entries(path, default, parse)
     if not re.search(r"\s", inputs) and re.search(r"[/\\]|\.(jsonl?|ya?ml|txt|mp4|png|jpe?g)$", inputs):
         raise UsageError(f"{inputs}: no such file or folder")
-    words = re.findall(r"[a-z0-9]+", inputs.lower())[:8]
-    return [replace(default, name="_".join(words)[:64] or default.name, prompt=inputs.strip())]
+    words = re.findall(r"[^\W_]+", inputs.lower())[:8]
+    name = "_".join(words).encode()[:64].decode(errors="ignore")
+    return [replace(default, name=name or default.name, prompt=inputs.strip())]
 
 
 def read_folder(folder: Path, default: Request) -> list[Request]:

@@ -7,6 +7,7 @@ Frames are uint8 RGB, [T, H, W, 3], 0..255.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -162,9 +163,8 @@ def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    fits = bisect_right(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "..."))
+    return text[: max(0, fits - 1)] + "..."
 
 
 @contextmanager

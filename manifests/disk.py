@@ -21,6 +21,8 @@ _REFUSALS = {
     errno.EPERM: "change its rights, or write elsewhere",
 }
 
+_IN_TEXT = re.compile(r"I/O error: (.+) \(os error (\d+)\)")
+
 
 def refusal(error: BaseException | None) -> str | None:
     """The reason and what to do, if this is a disk that refuses; None for any other error.
@@ -28,12 +30,13 @@ def refusal(error: BaseException | None) -> str | None:
     safetensors has the system's error in its text alone, and torch raises one of its own on top of it.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _REFUSALS:
-            return f"{error.strerror}; {_REFUSALS[error.errno]}"
-        if isinstance(error, SafetensorError) and (
-            found := re.search(r"I/O error: (.+) \(os error (\d+)\)", str(error))
-        ):
-            return f"{found[1]}; {_REFUSALS[int(found[2])]}" if int(found[2]) in _REFUSALS else None
+        number, reason = None, None
+        if isinstance(error, OSError):
+            number, reason = error.errno, error.strerror
+        elif isinstance(error, SafetensorError) and (found := _IN_TEXT.search(str(error))):
+            number, reason = int(found[2]), found[1]
+        if number in _REFUSALS:
+            return f"{reason}; {_REFUSALS[number]}"
         error = error.__context__
     return None
 

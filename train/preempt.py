@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""SIGTERM comes from torchrun, `ray job stop` and most schedulers, SIGUSR1 from SLURM's `--signal`, SIGHUP from a terminal
-that closes."""
+"""SIGTERM comes from torchrun, `ray job stop` and most schedulers, SIGUSR1 from SLURM's `--signal`, SIGHUP from a
+terminal that closes."""
 
 
 class StopFlag:
