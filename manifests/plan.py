@@ -127,8 +127,14 @@ def adopt_plan(
         plan = read_plan(cache, plan_id)
         pending = plan.table.filter(pc.invert(pc.is_in(plan.table["shard_id"], value_set=committed)))
         if not len(without_keys(missing, pending["key"])):
-            return Plan(plan_id, pending, plan.footer)
+            return Plan(plan_id, _with_work_left(pending, missing), plan.footer)
     raise AssertionError("unreachable")
+
+
+def _with_work_left(pending: pa.Table, missing: pa.Table) -> pa.Table:
+    """The rows of shards that hold a missing entry: another job may have committed all of a shard's in its own."""
+    shards = pending.filter(pc.is_in(pending["key"], value_set=missing["key"]))["shard_id"]
+    return pending.filter(pc.is_in(pending["shard_id"], value_set=shards))
 
 
 def column_digest(values: pa.ChunkedArray | pa.Array) -> str:
