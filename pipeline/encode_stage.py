@@ -46,7 +46,8 @@ def encode_stage(
         for line in _left_out_lines(planned):
             log(line)
         log(_plan_line(planned))
-        total = array_tasks(planned) if total is None else total
+        if total is None:  # a task that comes when all is done has nothing to do, whatever its number
+            index, total = (index, array_tasks(planned)) if planned.plan.num_entries else (0, 1)
         if index >= total:
             raise UsageError(f"--task {index}: the job was planned for the tasks 0 to {total - 1}")
         reports = _run_with_progress(recipe, planned, index, total, stop)
