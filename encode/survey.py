@@ -279,9 +279,13 @@ def _settled(facts: SourceFacts | Future[SourceFacts], memory: SourceMemory) -> 
 
 def _state(video: VideoFile, folders: dict[str, str]) -> FileState:
     try:
-        return state_of(video, folders)
+        state = state_of(video, folders)
+        state.location.encode()
     except OSError as error:
         raise UsageError(f"{video}: cannot read this video: {error.strerror or error}") from error
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{error.object!a}: this path is not UTF-8 text, as a cache keeps it; rename it") from error
+    return state
 
 
 def _read(video: VideoFile, facts: SourceFacts, decoders: DecodePool) -> SourceFacts:
