@@ -38,6 +38,7 @@ from infer.video import contact_sheet, read_spread
 from manifests.config import ModelConfig
 from manifests.errors import LatentlineError, UsageError
 from manifests.family import find_family
+from manifests.text import is_utf8
 from train.parallel import Ranks, join
 
 SHEET_COLUMNS = 6
@@ -54,6 +55,11 @@ def check_requests(model: ModelConfig, requests: Sequence[Request]) -> None:
     for request in requests:
         if request.name in RESERVED_NAMES:
             raise UsageError(f"infer.inputs: name {request.name!r} is another file's in the output folder; change it")
+        if not all(map(is_utf8, (request.name, request.prompt, request.negative_prompt or ""))):
+            raise UsageError(
+                f"infer.inputs: {request.name!a}: name or prompt has half a character (a broken \\uD800 escape, or no "
+                "UTF-8 locale); write it anew"
+            )
         family.check_request(request)
         check_ground_truth(request)
 

@@ -20,6 +20,7 @@ from encode.config import DataConfig, DatasetConfig
 from encode.files import VideoFile
 from manifests.errors import UsageError
 from manifests.image_context import IMAGE, SUFFIXES, fault_of_file
+from manifests.text import is_utf8
 
 _SUFFIXES = {
     "videos": frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi"}),
@@ -73,7 +74,13 @@ def read_sources(data: DataConfig) -> Sources:
     for name, dataset in data.datasets.items():
         layout = importlib.import_module(f"encode.sources.{dataset.layout}")
         counts = found.left_out[name] = Counter()
-        found.items.extend(layout.read(name, dataset, counts))
+        items = layout.read(name, dataset, counts)
+        problems = Problems(f"data.datasets.{name}")
+        for item in items:
+            if not all(map(is_utf8, item.captions.values())):
+                problems.add("captions with half a character (a broken \\uD800 escape)", f"{item.name!a}")
+        problems.raise_any()
+        found.items.extend(items)
     return found
 
 

@@ -26,3 +26,21 @@ def test_a_path_that_is_not_utf8_is_one_line(latentline: Latentline, place: Plac
     assert outcome.code == 2
     assert "not UTF-8" in outcome.error()
     assert "\\udce9" in outcome.error()
+
+
+def test_a_caption_with_half_a_character_is_one_line(latentline: Latentline, place: Place) -> None:
+    for file in (place.data / "metas").iterdir():
+        (place.data / "captions").mkdir(exist_ok=True)
+        (place.data / "captions" / f"{file.stem}.json").write_text('{"caption": "a cup \\ud83d"}')
+    shutil.rmtree(place.data / "metas")
+    outcome = latentline("encode", place.recipe, "--dry-run")
+    assert outcome.code == 2
+    assert "4 captions with half a character" in outcome.error()
+
+
+def test_a_prompt_with_half_a_character_is_one_line(latentline: Latentline, place: Place) -> None:
+    requests = place.root / "in.json"
+    requests.write_text('[{"name": "a", "prompt": "a cup \\ud83d"}]')
+    outcome = latentline("infer", place.recipe, requests, "--no-guardrail")
+    assert outcome.code == 2
+    assert "'a': name or prompt has half a character" in outcome.error()
