@@ -46,7 +46,8 @@ class InferConfig:
 
     output: folder the videos go to. inputs: a prompt, a `.png/.txt` folder, or a `.json`, `.jsonl` or `.yaml` file.
     adapters: by name; empty means the base model. fuse: merge adapters into the weights before generating.
-    height, width: pixels, divisible by 16. num_frames: 4k+1, or any number above chunk_frames. fps: of the written MP4, 0.01 to 1000.
+    height, width: pixels, divisible by 16. num_frames: 4k+1, or any number above chunk_frames. fps: of the written MP4;
+    0.01 to 1000, since files hold it as a fraction.
     num_steps: denoising steps. guidance: g in v_c + g (v_c - v_u); 1 or less turns it off, as diffusers does.
     negative_prompt: null means the model's default. seed: of the initial noise, drawn on the CPU.
     conditioning_timestep: as in `train.objective`.

@@ -6,6 +6,7 @@ Frames are uint8 RGB, [T, H, W, 3], 0..255.
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_right
 from collections import deque
@@ -163,7 +164,7 @@ def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
-    fits = bisect_right(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "..."))
+    fits = bisect_right(range(len(text)), width, key=lambda count: math.ceil(font.getlength(text[:count] + "...")))
     return text[: max(0, fits - 1)] + "..."
 
 
