@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -32,13 +33,16 @@ _log = logging.getLogger(__name__)
 _CHECK_BYTES = 4
 _KEEP = 0.9  # of the limit, after an eviction
 _STALE_SECONDS = 3600.0
+_ASIDE = ".part-"
+_OURS = re.compile(r"[0-9a-f]{40}|\.part-.*")
 
 
 class CachedStore(Store):
     """A `Store` whose range reads are kept in `folder`, at most `limit_bytes` of them.
 
     The limit holds whatever the number of processes. A disk that is full or breaks costs a warning and the copy,
-    never the read. Raises `UsageError` if the folder cannot be made or written.
+    never the read. Other files in the folder are neither counted nor removed. Raises `UsageError` if the folder cannot
+    be made or written, or is the cache's own.
     """
 
     def __init__(self, url: str, folder: str | Path, limit_bytes: int, *, max_retries: int = MAX_RETRIES) -> None:
@@ -49,6 +53,8 @@ class CachedStore(Store):
         self.misses = 0
         self._lock = threading.Lock()
         self._warned = False
+        if self.root is not None and self.folder.is_relative_to(self.root):
+            raise UsageError(f"train.local_cache {str(folder)!r}: is inside the cache {url!r}; choose another folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._counted() as counter:
@@ -112,7 +118,7 @@ class CachedStore(Store):
         with self._counted() as counter:
             if counter.total + size > self.limit_bytes:
                 counter.total = self._evict(int(self.limit_bytes * _KEEP) - size)
-            aside = tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False)  # noqa: SIM115
+            aside = tempfile.NamedTemporaryFile(dir=folder, prefix=_ASIDE, delete=False)  # noqa: SIM115
             os.truncate(aside.fileno(), size)
             counter.total += size
         return aside
@@ -136,11 +142,13 @@ class CachedStore(Store):
         """Remove the longest unused files until `most` bytes are left, and return how many are."""
         kept = []
         for file in self.folder.glob("??/*"):
+            if not _OURS.fullmatch(file.name):
+                continue
             try:
                 stat = file.stat()
             except FileNotFoundError:
                 continue
-            if file.name.startswith(".") and time.time() - stat.st_mtime > _STALE_SECONDS:
+            if file.name.startswith(_ASIDE) and time.time() - stat.st_mtime > _STALE_SECONDS:
                 file.unlink(missing_ok=True)
             else:
                 kept.append((stat.st_mtime_ns, stat.st_size, file))
@@ -148,7 +156,7 @@ class CachedStore(Store):
         for _, file_size, file in sorted(kept):
             if size <= most:
                 break
-            if not file.name.startswith("."):  # being written
+            if not file.name.startswith(_ASIDE):  # being written
                 file.unlink(missing_ok=True)
                 size -= file_size
         return size

@@ -162,7 +162,7 @@ def test_a_full_disk_costs_a_warning_and_no_read(remote, tmp_path, caplog):
 def test_files_of_killed_writers_are_cleaned_up(remote, tmp_path):
     store = cached(remote, tmp_path)
     store.read_range("entries/07", 0, 1000)
-    left = files(tmp_path)[0].parent / ".tmpabc"
+    left = files(tmp_path)[0].parent / ".part-abc"
     left.write_bytes(b"half")
     os.utime(left, (time.time() - 7200,) * 2)
     cached(remote, tmp_path)
