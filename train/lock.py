@@ -45,7 +45,7 @@ def only_writer(folder: Path) -> Iterator[None]:
                 who = file.read().strip() or "another process"
                 raise UsageError(
                     f"output {folder}: {who} is writing to it; wait for that run, stop it, or choose another "
-                    "train.output"
+                    f"train.output (if its machine is gone, delete {LOCK_NAME} there)"
                 ) from None
             log.warning("%s: no lock can be held here (%s); start one run at a time", folder, error.strerror)
         else:
