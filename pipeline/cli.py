@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,6 +34,21 @@ recipe_app = typer.Typer(no_args_is_help=True, help="List and show recipes.")
 app.add_typer(cache_app, name="cache")
 app.add_typer(recipe_app, name="recipe")
 app.command()(export)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"latentline {version('latentline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What every command has."""
 
 
 @app.command()

@@ -246,9 +246,10 @@ def load(
         if before.get(name) != settings.get(name)
     ]
     if changed:
+        kept = f", or train.snapshot={before['snapshot']}" if before["snapshot"] != settings["snapshot"] else ""
         raise UsageError(
             f"checkpoint {str(path)!r} was made with other settings: {', '.join(changed)}; "
-            "change them back, or choose another train.output"
+            f"change them back{kept}, or choose another train.output"
         )
     if has_adapter(transformer):
         load_adapter(transformer, path)

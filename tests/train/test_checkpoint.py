@@ -110,6 +110,15 @@ def test_changed_settings_are_all_named(state, tmp_path):
     ):
         assert name in str(caught.value)
     assert "train.lora.alpha" not in str(caught.value)
+    assert "train.snapshot" not in str(caught.value)
+
+
+def test_of_other_data_the_message_says_how_to_go_on_with_the_old(state, tmp_path):
+    transformer, optimizer = state(1)
+    before = settings()
+    path = save(tmp_path, Progress(1, 1), transformer, optimizer, before, keep_last=1)
+    with pytest.raises(UsageError, match=f"train.snapshot={before['snapshot']}, or choose another"):
+        checkpoint.load(path, transformer, optimizer, before | {"snapshot": "another"})
 
 
 def test_what_does_not_change_the_training_is_free():
