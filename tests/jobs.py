@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from manifests.cache import Cache
 from manifests.schema import KINDS
 from manifests.snapshot import load_snapshot
 from manifests.store import Store
+from tests.command import latentline
 from tests.pipeline.recipes import recipe_values, write_recipe
 
 LATENTLINE = str(Path(sys.executable).with_name("latentline"))
@@ -51,11 +51,11 @@ def run(*arguments: str | Path, timeout: float = 180, **environment: str) -> sub
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def encode(recipe: Path, *options: str, code: int = 0) -> dict[str, Any]:
-    """Run `latentline encode RECIPE --json`; its result."""
-    done = run("encode", recipe, "--json", *options)
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout)
+def encode(recipe: Path, *options: str) -> dict[str, Any]:
+    """Run `latentline encode RECIPE --json` in this process; its result."""
+    done = latentline("encode", recipe, "--json", *options)
+    assert done.code == 0, done.err
+    return done.json
 
 
 def wait_until(true: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 120) -> Any:

@@ -51,8 +51,8 @@ class Question:
 def run_demo(output: Path, *, executor: str = "ray") -> dict[str, Any]:
     """Encode clips of the new object, train a LoRA on the cache, generate with and without it, and measure.
 
-    Everything is under `output`, and a second run reuses what is there: nothing is encoded again, the finished training
-    run is found and videos are kept.
+    Everything is under `output`, what is returned in demo.json too; a second run reuses what is there: nothing is
+    encoded again, the finished training run is found and videos are kept.
     """
     begin = time.monotonic()
     quiet_libraries()
@@ -77,7 +77,7 @@ def run_demo(output: Path, *, executor: str = "ray") -> dict[str, Any]:
     sheet = output / "contact_sheet.png"
     write_sheet(asked, videos, sheet)
     console.print(results_table(measured))
-    return {
+    result = {
         "recipe": str(output / "demo.toml"),
         "checkpoint": str(CHECKPOINT),
         "data": str(data),
@@ -91,6 +91,8 @@ def run_demo(output: Path, *, executor: str = "ray") -> dict[str, Any]:
         "contact_sheet": str(sheet),
         "seconds": round(time.monotonic() - begin, 1),
     }
+    (output / "demo.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+    return result
 
 
 def demo_recipe(output: Path, *, executor: str) -> Recipe:

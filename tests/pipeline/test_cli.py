@@ -1,109 +1,23 @@
-"""The command line as a user meets it: exit codes, what goes to stdout, and one line for each mistake."""
+"""The command line as a user meets it: exit codes, what goes to stdout, and one line for each mistake.
+
+`train` and `infer` are in test_cli_training.py.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
-import signal
 import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.cli import main
-from pipeline.demo.checkpoint import build_tiny_checkpoint
+from tests.command import Outcome, latentline
 from tests.encode.video_files import write_video
-from tests.pipeline.recipes import recipe_values, write_recipe
-
-COMMAND = str(Path(sys.executable).with_name("latentline"))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left: its exit status and what it wrote."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    def error(self) -> str:
-        """The one line on stderr that says what is wrong; nothing else is an error, nothing is on stdout."""
-        assert self.out == ""
-        assert "Traceback" not in self.err
-        (line,) = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert self.err.splitlines()[-1] == line
-        return line.removeprefix("error: ")
+from tests.jobs import LATENTLINE
+from tests.pipeline.places import Place
 
 
-Latentline = Callable[..., Outcome]
-
-
-@pytest.fixture
-def latentline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Latentline:
-    """Run the command line in this process."""
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["latentline", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            code = stopped.code or 0
-        captured = capsys.readouterr()
-        return Outcome(int(code), captured.out, captured.err)
-
-    return run
-
-
-@dataclass
-class Place:
-    """A folder with a recipe, videos of its own and the shared checkpoint."""
-
-    root: Path
-    values: dict[str, Any]
-
-    @property
-    def recipe(self) -> Path:
-        return write_recipe(self.root, self.values)
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data"
-
-    @property
-    def made(self) -> set[str]:
-        """Names of the outputs that exist."""
-        return {path.name for path in self.root.iterdir()} & {"cache", "run", "videos"}
-
-
-@pytest.fixture
-def place(tmp_path: Path, tiny_checkpoint: Path, demo_dataset: Path) -> Place:
-    shutil.copytree(demo_dataset, tmp_path / "data")
-    return Place(tmp_path, recipe_values(tmp_path, tiny_checkpoint, tmp_path / "data"))
-
-
-@pytest.fixture(scope="module")
-def encoded(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, demo_dataset: Path) -> Place:
-    """A place where `encode` has run. Read-only: give `train.output` and the like elsewhere."""
-    from pipeline.encode_stage import encode_stage
-    from pipeline.recipe import load_recipe
-
-    root = tmp_path_factory.mktemp("encoded")
-    place = Place(root, recipe_values(root, tiny_checkpoint, demo_dataset))
-    encode_stage(load_recipe(str(place.recipe)))
-    return place
-
-
-def test_encode_tells_what_it_did_and_a_second_run_that_it_did_nothing(latentline: Latentline, place: Place) -> None:
+def test_encode_tells_what_it_did_and_a_second_run_that_it_did_nothing(place: Place) -> None:
     first = latentline("encode", place.recipe, "--json")
     assert first.code == 0
     assert first.json["samples"] == 8
@@ -118,7 +32,7 @@ def test_encode_tells_what_it_did_and_a_second_run_that_it_did_nothing(latentlin
     assert "quarantined" not in second.out
 
 
-def test_encode_with_a_bad_video_exits_3_and_names_it_in_one_line(latentline: Latentline, place: Place) -> None:
+def test_encode_with_a_bad_video_exits_3_and_names_it_in_one_line(place: Place) -> None:
     (place.data / "videos" / "00_bad.mp4").write_bytes(b"this is no video")
     (place.data / "metas" / "00_bad.txt").write_text("bad")
     outcome = latentline("encode", place.recipe, "--json", "--set", "encode.max_failed=0.5")
@@ -131,7 +45,7 @@ def test_encode_with_a_bad_video_exits_3_and_names_it_in_one_line(latentline: La
     assert "00_bad.mp4" in again.err
 
 
-def test_encode_with_a_short_video_exits_3_with_both_numbers(latentline: Latentline, place: Place) -> None:
+def test_encode_with_a_short_video_exits_3_with_both_numbers(place: Place) -> None:
     write_video(place.data / "videos" / "00_short.mp4", 5, fps=16)
     (place.data / "metas" / "00_short.txt").write_text("short")
     outcome = latentline("encode", place.recipe, "--set", "encode.max_failed=0.5")
@@ -140,7 +54,7 @@ def test_encode_with_a_short_video_exits_3_with_both_numbers(latentline: Latentl
     assert "quarantined videos" in outcome.out
 
 
-def test_too_many_bad_videos_exit_1_without_a_snapshot(latentline: Latentline, place: Place) -> None:
+def test_too_many_bad_videos_exit_1_without_a_snapshot(place: Place) -> None:
     for video in sorted((place.data / "videos").iterdir())[:2]:
         video.write_bytes(b"this is no video" + video.name.encode())
     outcome = latentline("encode", place.recipe)
@@ -149,7 +63,7 @@ def test_too_many_bad_videos_exit_1_without_a_snapshot(latentline: Latentline, p
     assert not (place.root / "cache" / "snapshots").exists()
 
 
-def test_a_missing_caption_exits_2_before_a_cache_is_made(latentline: Latentline, place: Place) -> None:
+def test_a_missing_caption_exits_2_before_a_cache_is_made(place: Place) -> None:
     next((place.data / "metas").iterdir()).unlink()
     outcome = latentline("encode", place.recipe)
     assert outcome.code == 2
@@ -175,7 +89,7 @@ def test_a_missing_caption_exits_2_before_a_cache_is_made(latentline: Latentline
 )
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
 def test_a_wrong_encode_exits_2_and_makes_nothing(
-    latentline: Latentline, place: Place, override: str, message: str, dry_run: tuple[str, ...]
+    place: Place, override: str, message: str, dry_run: tuple[str, ...]
 ) -> None:
     outcome = latentline("encode", place.recipe, "--set", override, *dry_run)
     assert outcome.code == 2
@@ -184,14 +98,14 @@ def test_a_wrong_encode_exits_2_and_makes_nothing(
 
 
 @pytest.mark.parametrize("task", ["3/3", "x", "1/0", "-1/2", "1/2/3", ""])
-def test_a_wrong_task_exits_2(latentline: Latentline, place: Place, task: str) -> None:
+def test_a_wrong_task_exits_2(place: Place, task: str) -> None:
     outcome = latentline("encode", place.recipe, f"--task={task}")
     assert outcome.code == 2
     assert f"--task {task!r}: write it as I/N" in outcome.error()
     assert not place.made
 
 
-def test_a_wrong_recipe_exits_2(latentline: Latentline, tmp_path: Path) -> None:
+def test_a_wrong_recipe_exits_2(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[encode\n")
     for verb in ("encode", "train", "infer"):
         outcome = latentline(verb, tmp_path / "bad.toml")
@@ -200,7 +114,7 @@ def test_a_wrong_recipe_exits_2(latentline: Latentline, tmp_path: Path) -> None:
         assert "did you mean 'gr1-lora'?" in latentline(verb, "gr1-lor").error()
 
 
-def test_encode_dry_run_counts_and_writes_nothing(latentline: Latentline, place: Place) -> None:
+def test_encode_dry_run_counts_and_writes_nothing(place: Place) -> None:
     outcome = latentline("encode", place.recipe, "--dry-run", "--json")
     assert outcome.code == 0
     said = outcome.json
@@ -217,7 +131,7 @@ def test_encode_dry_run_counts_and_writes_nothing(latentline: Latentline, place:
     assert not place.made
 
 
-def test_a_command_it_does_not_know_exits_2(latentline: Latentline) -> None:
+def test_a_command_it_does_not_know_exits_2() -> None:
     for arguments in (["enkode"], ["encode"], ["encode", "demo", "--nope"], ["cache", "stats", "x"]):
         outcome = latentline(*arguments)
         assert outcome.code == 2
@@ -225,110 +139,7 @@ def test_a_command_it_does_not_know_exits_2(latentline: Latentline) -> None:
         assert "Usage" in outcome.err
 
 
-def test_train_needs_a_cache_and_a_snapshot(latentline: Latentline, place: Place, encoded: Place) -> None:
-    outcome = latentline("train", place.recipe)
-    assert outcome.code == 2
-    assert "no such folder; `latentline encode` makes it" in outcome.error()
-    outcome = latentline(
-        "train", encoded.recipe, "--set", "train.snapshot=tain", "--set", f"train.output={place.root}/run"
-    )
-    assert outcome.code == 2
-    assert "no snapshot 'tain'; it has train" in outcome.error()
-    assert not place.made
-
-
-def test_train_dry_run_describes_and_writes_nothing(latentline: Latentline, encoded: Place) -> None:
-    outcome = latentline("train", encoded.recipe, "--dry-run", "--json")
-    assert outcome.code == 0
-    said = outcome.json
-    assert said["samples"] == 8
-    assert said["parameters"] > said["trainable_parameters"] > 0
-    assert said["tokens_per_sample"] == {"16x3x4x6": 18}
-    assert said["lr"]["0"] == 0.01
-    memory = said["memory_bytes"]
-    assert memory["total"] == memory["base"] + memory["trained"] + memory["activations"]
-    text = latentline("train", encoded.recipe, "--dry-run").out
-    assert any(line.startswith("memory bytes") and "total: " in line and "KiB" in line for line in text.splitlines())
-    assert encoded.made == {"cache"}
-
-
-def test_train_refuses_a_snapshot_of_another_model(latentline: Latentline, encoded: Place, tmp_path: Path) -> None:
-    other = build_tiny_checkpoint(tmp_path / "other", seed=5)
-    outcome = latentline(
-        "train", encoded.recipe, "--set", f"model.path={other}", "--set", f"train.output={tmp_path}/run"
-    )
-    assert outcome.code == 2
-    assert "run `latentline encode` with this model" in outcome.error()
-    assert not (tmp_path / "run").exists()
-
-
-def test_train_then_infer_with_its_adapter(latentline: Latentline, encoded: Place, tmp_path: Path) -> None:
-    trained = latentline("train", encoded.recipe, "--json", "--set", f"train.output={tmp_path}/run")
-    assert trained.code == 0
-    assert trained.json["steps"] == 4
-    assert "step 4/4" in trained.err
-    again = latentline("train", encoded.recipe, "--json", "--set", f"train.output={tmp_path}/run")
-    assert again.json["loss"] is None
-    assert "from step 4" in again.err
-    infer = ("infer", encoded.recipe, "a red circle", "--no-guardrail", "--set", f"infer.output={tmp_path}/videos")
-    made = latentline(*infer, "--adapter", trained.json["adapter"], "--json")
-    assert made.code == 0
-    assert made.json["videos"] == [f"{tmp_path}/videos/a_red_circle.mp4"]
-    assert Path(made.json["videos"][0]).is_file()
-    report = json.loads((tmp_path / "videos" / "results.json").read_text())
-    assert report["adapters"]["default"]["path"] == trained.json["adapter"]
-    assert latentline(*infer).out.splitlines()[-1] == f"videos  {tmp_path}/videos/a_red_circle.mp4"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "infer has no inputs: give a prompt"),
-        (("missing.json",), "missing.json: no such file or folder"),
-        (("a circle", "--set", "infer.height=40"), "height = 40 is not divisible by 16; near: 32 or 48"),
-        (("a circle", "--set", "infer.num_frames=12"), "num_frames = 12 is not 4k+1; near: 9 or 13"),
-        (("a circle", "--adapter", "nowhere"), "nowhere: no such adapter"),
-        (("a circle", "--set", "infer.adapters.a-b.path=x"), "infer.adapters.a-b: name an adapter with letters"),
-    ],
-)
-@pytest.mark.parametrize("mode", ["--no-guardrail", "--dry-run"])
-def test_a_wrong_infer_exits_2_and_makes_nothing(
-    latentline: Latentline, place: Place, arguments: tuple[str, ...], message: str, mode: str
-) -> None:
-    outcome = latentline("infer", place.recipe, *arguments, mode)
-    assert outcome.code == 2
-    assert message in outcome.error()
-    assert not place.made
-
-
-def test_infer_without_guardrail_names_package_flag_and_licence(latentline: Latentline, place: Place) -> None:
-    outcome = latentline("infer", place.recipe, "a circle")
-    assert outcome.code == 2
-    message = outcome.error()
-    assert "cosmos_guardrail" in message
-    assert "--no-guardrail" in message
-    assert "Open Model License" in message
-    assert not place.made
-
-
-def test_infer_dry_run_lists_requests_and_writes_nothing(latentline: Latentline, place: Place) -> None:
-    (place.root / "in.jsonl").write_text('{"name": "x", "prompt": "a"}\n{"name": "y", "prompt": "b", "seed": 3}\n')
-    outcome = latentline("infer", place.recipe, place.root / "in.jsonl", "--dry-run", "--json")
-    assert outcome.code == 0
-    assert [(video["name"], video["seed"], video["image"]) for video in outcome.json["videos"]] == [
-        ("x", 0, None),
-        ("y", 3, None),
-    ]
-    assert "name: x, prompt: a" in latentline("infer", place.recipe, place.root / "in.jsonl", "--dry-run").out
-    assert not place.made
-
-
-def test_infer_takes_its_inputs_from_the_recipe(latentline: Latentline, place: Place, demo_dataset: Path) -> None:
-    outcome = latentline("infer", place.recipe, "--set", "infer.inputs=a blue square", "--dry-run", "--json")
-    assert outcome.json["videos"][0]["prompt"] == "a blue square"
-
-
-def test_cache_status_counts_entries_and_snapshots(latentline: Latentline, encoded: Place) -> None:
+def test_cache_status_counts_entries_and_snapshots(encoded: Place) -> None:
     by_path = latentline("cache", "status", encoded.values["encode"]["cache"], "--json")
     by_recipe = latentline("cache", "status", encoded.recipe, "--json")
     assert by_path.code == by_recipe.code == 0
@@ -343,7 +154,7 @@ def test_cache_status_counts_entries_and_snapshots(latentline: Latentline, encod
     assert "samples: 8" in text
 
 
-def test_cache_status_of_what_is_no_cache_exits_2(latentline: Latentline, tmp_path: Path) -> None:
+def test_cache_status_of_what_is_no_cache_exits_2(tmp_path: Path) -> None:
     assert latentline("cache", "status", tmp_path / "none").code == 2
     outcome = latentline("cache", "status", tmp_path)
     assert outcome.code == 2
@@ -351,7 +162,7 @@ def test_cache_status_of_what_is_no_cache_exits_2(latentline: Latentline, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_recipes_are_listed_and_shown(latentline: Latentline) -> None:
+def test_recipes_are_listed_and_shown() -> None:
     assert set(latentline("recipe", "list", "--json").json) >= {"demo", "gr1-lora"}
     assert latentline("recipe", "list").out.splitlines()[0].startswith("demo ")
     shown = latentline("recipe", "show", "gr1-lora", "--set", "train.lora.rank=7")
@@ -362,7 +173,7 @@ def test_recipes_are_listed_and_shown(latentline: Latentline) -> None:
 
 
 def installed(*arguments: object, **options: Any) -> Outcome:
-    done = subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run([LATENTLINE, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
@@ -375,22 +186,3 @@ def test_the_installed_command_keeps_stdout_for_the_result(place: Place) -> None
     wrong = installed("encode", place.recipe, "--set", "encode.height=7", cwd=place.root)
     assert wrong.code == 2
     assert wrong.error() == "encode.height = 7 is not divisible by 16; near: 16, 32"
-
-
-def test_a_training_that_is_told_to_stop_exits_75_and_continues(encoded: Place, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    command = ["train", encoded.recipe, "--json", "--set", f"train.output={output}", "--set", "train.steps=100000"]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([COMMAND, *map(str, command)], stdout=pipe, stderr=pipe, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step "):
-            break
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert out == ""
-    assert "run the same command to continue" in err
-    assert "Traceback" not in err
-    assert list((output / "checkpoints").iterdir())
-    assert not (output / "adapter").exists() or not list((output / "adapter").iterdir())

@@ -1,8 +1,12 @@
-"""The demo, as `latentline demo` runs it: the base model cannot draw the new object, the model with the LoRA can."""
+"""The demo, as `latentline demo` runs it: the base model cannot draw the new object, the model with the LoRA can.
+
+LATENTLINE_DEMO names the folder of a demo that has just run, as in CI, which is then not run once more.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,8 @@ NEW, CONTINUED, OLD = "sks from text", "sks from video", "base shapes from text"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    if folder := os.environ.get("LATENTLINE_DEMO"):
+        return json.loads((Path(folder) / "demo.json").read_text())
     return run_demo(tmp_path_factory.mktemp("demo") / "out", executor="local")
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,10 @@ from infer.loading import NoGuardrail
 from pipeline.model_card import write_model_folder
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages import train_stage
+from tests.command import latentline
 from tests.pipeline.hub import fake_hub
-from tests.pipeline.test_cli import Latentline, Place, encoded, latentline
+from tests.pipeline.places import Place
 from train.adapters import read_adapter
-
-__all__ = ["encoded", "latentline"]
 
 
 @pytest.fixture(scope="module")
@@ -116,25 +112,25 @@ def test_weights_that_diffusers_cannot_read_are_not_said_to_be_an_adapter(
     assert "`trained_weights.safetensors`: read by latentline" in card.content
 
 
-def test_push_uploads_the_whole_folder(encoded: Place, tmp_path: Path) -> None:
+def test_push_uploads_the_whole_folder(encoded: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real calls of huggingface_hub, to an endpoint of this machine."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    command = ("train", encoded.recipe, "--push", "someone/name", "--json", "--set", f"train.output={tmp_path}/run")
     with fake_hub() as hub:
-        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-m", "pipeline.cli", "train", str(encoded.recipe), "--push", "someone/name"]
-        command += ["--json", "--set", f"train.output={tmp_path}/run"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        done = latentline(*command)
+        assert done.code == 0, done.err
         folder = tmp_path / "run" / "adapter"
         assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
         assert "load_lora_weights('someone/name')" in hub.files["README.md"].decode()
         assert hub.repos[0]["visibility"] == "private"
         assert "Bearer hf_test" in hub.tokens
-        assert "someone/name" in json.loads(done.stdout)["pushed"]
+        assert "someone/name" in done.json["pushed"]
         hub.refuse = True
-        refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-        assert refused.returncode == 1
-        assert "error: --push 'someone/name'" in refused.stderr
-        assert "Traceback" not in refused.stderr
+        refused = latentline(*command)
+        assert refused.code == 1
+        assert "--push 'someone/name'" in refused.error()
 
 
 @pytest.mark.parametrize(
@@ -146,7 +142,7 @@ def test_push_uploads_the_whole_folder(encoded: Place, tmp_path: Path) -> None:
     ],
 )
 def test_a_push_that_cannot_work_is_said_before_training(
-    latentline: Latentline, encoded: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, repo: str,
+    encoded: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, repo: str,
     message: str,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HF_TOKEN", token)

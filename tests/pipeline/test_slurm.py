@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from pipeline.array import SCRIPT, array_expression
 from tests import jobs
+from tests.command import latentline
 from tests.pipeline.conftest import Reference
 from tests.services import Slurm, slurm_cluster
 
@@ -40,30 +40,30 @@ def test_a_preempted_task_continues_and_a_cancelled_one_is_submitted_again(
     assert log.read_text().count("to encode: ") == 2
     assert not (cache / "snapshots" / "train.json").exists()
 
-    missing = jobs.run("encode", recipe, "--missing", "--format", "slurm")
-    assert missing.stdout == "2\n"
-    again = slurm.submit(f"--array={missing.stdout.strip()}", SCRIPT, str(recipe))
+    missing = latentline("encode", recipe, "--missing", "--format", "slurm")
+    assert missing.out == "2\n"
+    again = slurm.submit(f"--array={missing.out.strip()}", SCRIPT, str(recipe))
     jobs.wait_until((cache / "snapshots" / "train.json").exists)
     jobs.wait_until(lambda: set(slurm.states(again).values()) <= {"COMPLETED"})
 
     assert jobs.committed(cache) == reference.tars
     assert jobs.samples(cache) == reference.samples
-    nothing = jobs.run("encode", recipe, "--missing", "--format", "slurm")
-    assert (nothing.returncode, nothing.stdout) == (0, "")
-    assert "nothing is missing" in nothing.stderr
+    nothing = latentline("encode", recipe, "--missing", "--format", "slurm")
+    assert (nothing.code, nothing.out) == (0, "")
+    assert "nothing is missing" in nothing.err
 
 
 def test_a_task_without_its_total_needs_a_planned_array(
     tmp_path: Path, tiny_checkpoint: Path, demo_dataset: Path
 ) -> None:
     recipe = jobs.write_job(tmp_path, tiny_checkpoint, demo_dataset)
-    done = jobs.run("encode", recipe, "--task", "1")
-    assert done.returncode == 2
-    assert re.search(r"error: .*--plan --tasks N", done.stderr)
+    done = latentline("encode", recipe, "--task", "1")
+    assert done.code == 2
+    assert "--plan --tasks N" in done.error()
     jobs.encode(recipe, "--plan", "--tasks", "2")
-    outside = jobs.run("encode", recipe, "--task", "2")
-    assert outside.returncode == 2
-    assert "the tasks 0 to 1" in outside.stderr
+    outside = latentline("encode", recipe, "--task", "2")
+    assert outside.code == 2
+    assert "the tasks 0 to 1" in outside.err
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from pipeline.encode_stage import encode_stage
 from pipeline.overfit import PASSING_SHARE, chart_lines, few_samples, has_learnt, overfit_stage
 from pipeline.recipe import Recipe, validate
 from pipeline.stages import infer_stage, train_stage
-from tests import jobs
+from tests.command import latentline
 from tests.pipeline.recipes import recipe_values, write_recipe
 from train.metrics import read_metrics
 from train.trained import TRAINED_NAME
@@ -146,9 +146,9 @@ def test_the_overfit_check_passes_and_says_so(world: World) -> None:
     values = world.with_train(
         "check", steps=30, method="full", optimizer={"lr": 3e-3}, schedule={"kind": "lambda_linear"}
     )
-    done = jobs.run("train", write_recipe(world.folder / "recipe", values), "--overfit", "4", "--json")
-    assert done.returncode == 0, done.stderr
-    verdict = json.loads(done.stdout)
+    done = latentline("train", write_recipe(world.folder / "recipe", values), "--overfit", "4", "--json")
+    assert done.code == 0, done.err
+    verdict = done.json
     assert verdict["passed"] is True
     assert verdict["share"] <= PASSING_SHARE
     assert "75% of where it began" in verdict["criterion"]
@@ -157,7 +157,7 @@ def test_the_overfit_check_passes_and_says_so(world: World) -> None:
     assert [document["curve"][0][0], document["curve"][-1][0]] == [0, 30]
     with Image.open(folder / "overfit.png") as picture:
         assert len(picture.getcolors(1 << 16)) > 3
-    assert "step     30  loss" in done.stderr
+    assert "step     30  loss" in done.err
     assert not (world.folder / "check" / "checkpoints").exists()
 
 
