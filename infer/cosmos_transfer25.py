@@ -20,7 +20,8 @@ from torch import Tensor
 from infer import controls, cosmos25
 from infer.controlnets import add_controlnets, check_controls, compile_blocks, equal_weights
 from infer.controls import fps_of, write_side_by_side
-from infer.cosmos25 import FRAME_STRIDE, SIZE_MULTIPLE, check_prompt
+from infer.cosmos25 import check_prompt
+from infer.cosmos25_sizes import FRAME_STRIDE, SIZE_MULTIPLE
 from infer.loading import NoGuardrail, build_guardrail, check_checkpoint, quiet_about, require_guardrail
 from infer.request import Request
 from infer.team import Team

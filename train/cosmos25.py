@@ -1,17 +1,14 @@
 """Cosmos-Predict2.5 in training: the transformer, its latents' scale, and its objective.
 
 Everything that is specific to this model family and to training is here: which weights are loaded, which
-caches fit them, how latents are normalised, what is drawn for each sample, and the rectified-flow loss.
+caches fit them, how latents are normalised, and the rectified-flow loss. What is drawn for each sample is beside it, in
+`train.cosmos25_draw`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from manifests.fingerprint import component_config, component_folder, weights_di
 from manifests.snapshot import Snapshot
 from train.config import ObjectiveConfig
 from train.context_parallel import check_divides
+from train.cosmos25_draw import Draw, draw, sigma_at
 from train.cosmos25_names import ORIGINAL_NAMES
 from train.dit import accelerate, block_inputs, flops_per_sample
 
@@ -206,57 +204,6 @@ def normalise(latents: torch.Tensor, parts: Mapping[str, Any]) -> torch.Tensor:
     if not torch.isfinite(scaled).all():
         raise LatentlineError("latents hold values that are not finite; encode this sample again")
     return scaled
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What chance decides for one sample in one epoch.
-
-    noise: [C, T, H, W] float32 standard normal, on the CPU. sigma: noise level in (0, 1), one for all frames.
-    num_conditioning: clean latent frames at the start. drop_text: use the null context.
-    """
-
-    noise: torch.Tensor
-    sigma: float
-    num_conditioning: int
-    drop_text: bool
-
-
-def draw(seed: int, epoch: int, sample_id: str, shape: tuple[int, ...], objective: ObjectiveConfig) -> Draw:
-    """Draw noise, sigma, conditioning and text dropout for one visit to a sample.
-
-    A pure function of its arguments, computed on the CPU: rank, world size, batch size and device do not
-    enter. shape: (C, T, H, W). sigma = s t / (1 + (s - 1) t) with t = sigmoid(standard normal) and s the
-    objective's shift.
-    """
-    name = hashlib.sha256(f"{seed}/{epoch}/{sample_id}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(name[:8], "little", signed=True))
-    time = torch.sigmoid(torch.randn((), generator=generator))
-    sigma = objective.shift * time / (1 + (objective.shift - 1) * time)
-    conditioning, dropout = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
-    return Draw(
-        noise=torch.randn(shape, generator=generator),
-        sigma=float(sigma),
-        num_conditioning=_pick(objective.conditioning, conditioning),
-        drop_text=dropout < objective.text_dropout,
-    )
-
-
-def sigma_at(quantile: float, objective: ObjectiveConfig) -> float:
-    """Return the sigma below which `draw` stays with probability `quantile`, in (0, 1)."""
-    time = 1 / (1 + math.exp(-NormalDist().inv_cdf(quantile)))
-    return objective.shift * time / (1 + (objective.shift - 1) * time)
-
-
-def _pick(probabilities: Mapping[int, float], uniform: float) -> int:
-    """Return the key whose slice of [0, 1) holds `uniform`; slices lie in order of key."""
-    keys = sorted(key for key, probability in probabilities.items() if probability > 0)
-    total = 0.0
-    for key in keys:
-        total += probabilities[key]
-        if uniform < total:
-            return key
-    return keys[-1]
 
 
 def example(latents: torch.Tensor, context: torch.Tensor, drawn: Draw) -> dict[str, torch.Tensor]:
