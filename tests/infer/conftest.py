@@ -1,16 +1,18 @@
-"""Adapters made with peft on the tiny transformer and saved by diffusers, as a trainer does."""
+"""The tiny pipeline, a video, and adapters made with peft and saved by diffusers, as a trainer does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict
 
 from infer.cosmos25 import load_pipeline
+from infer.video import write_mp4
 from manifests.config import ModelConfig
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -53,3 +55,14 @@ def save_adapter(tiny_checkpoint: Path, tmp_path: Path) -> SaveAdapter:
         return tmp_path / name
 
     return save
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """17 frames of 64 x 96, 12 fps: a bright square that moves."""
+    frames = np.zeros((17, 64, 96, 3), np.uint8)
+    for index, frame in enumerate(frames):
+        frame[20:44, 10 + 3 * index : 34 + 3 * index] = (220, 90, 30)
+    path = tmp_path_factory.mktemp("video") / "in.mp4"
+    write_mp4(path, frames, 12.0)
+    return path

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,7 @@ from PIL import Image
 from infer.team import Layout, choose_layout
 from infer.video import read_frames
 from manifests.errors import UsageError
-from tests import jobs
-from tests.services import free_port
-
-SECONDS = 280
+from tests.ranks import run_jobs
 
 
 def layout(parallel: str, world: int, videos: int, *, guided: bool = True, tokens: int = 24) -> Layout:
@@ -90,17 +84,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> dic
         frames = 9 if inputs == "in.json" else 13
         config = shared | {"output": str(folder / name), "num_frames": frames, "parallel": parallel}
         source = str(folder / inputs) if inputs == "in.json" else inputs
-        todo.append(
-            {"world": world, "port": free_port(), "model": str(tiny_checkpoint), "inputs": source, "config": config}
-        )
-    (folder / "jobs.json").write_text(json.dumps(todo))
-    process = jobs.start("-m", "tests.infer.ranks", folder / "jobs.json", python=True)
-    try:
-        out, err = process.communicate(timeout=SECONDS)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err
+        todo.append({"world": world, "model": str(tiny_checkpoint), "inputs": source, "config": config})
+    out = run_jobs("tests.infer.ranks", todo, folder)
     by: dict[str, list[list[Any]]] = {name: [] for name in JOBS}
     for line in out.splitlines():
         index, rank, name = json.loads(line)

@@ -1,17 +1,12 @@
 """Methods on several ranks, over gloo: the curve, the weights and the average must be those of one rank."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from manifests.config import ModelConfig
 from manifests.store import Store
+from tests.ranks import run_jobs
 from tests.train.caches import distance, make_snapshot
 from train.config import TrainConfig
 from train.metrics import read_metrics
@@ -19,7 +14,6 @@ from train.trainer import train
 
 FRAMES_OF_6 = (16, 4, 4, 6)  # 24 tokens
 FRAMES_OF_8 = (16, 3, 4, 8)  # 24 tokens
-SECONDS = 150
 
 SETTINGS = {
     "steps": 4,
@@ -36,30 +30,6 @@ FULL = {"method": "full", "ema": {"kind": "power"}}
 BOTH = {"method": ["lora", "adapters"], "trainable": ["final_layer.linear.*"], "ema": {"kind": "decay", "decay": 0.5}}
 
 
-def torchrun(num_ranks, jobs, folder):
-    """Run jobs on the ranks of one torchrun, in a process group that is ended whole when the time is over."""
-    file = folder / f"jobs{num_ranks}.json"
-    file.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    errors = folder / f"errors{num_ranks}.txt"
-    with open(errors, "w") as stream:
-        agent = subprocess.Popen(
-            [*command, "-m", "tests.train.worker", str(file)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=stream,
-            start_new_session=True,
-        )
-        try:
-            code = agent.wait(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"{num_ranks} ranks took more than {SECONDS} s: {errors.read_text()[-2000:]}")
-        finally:
-            if agent.poll() is None:
-                os.killpg(agent.pid, signal.SIGTERM)
-                agent.wait(timeout=30)
-    assert code == 0, errors.read_text()[-4000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_checkpoint):
     """Folders of runs: alone; on 3 ranks, replicated, split and sharing samples; and one that went on alone."""
@@ -68,26 +38,23 @@ def runs(tmp_path_factory, tiny_checkpoint):
     snapshot = make_snapshot(cache, tiny_checkpoint, shapes=(FRAMES_OF_6, FRAMES_OF_8, *[FRAMES_OF_6] * 6))
     model = ModelConfig(path=str(tiny_checkpoint))
 
-    def job(name, **changes):
-        return {
-            "model": model.path,
-            "cache": str(cache),
-            "train": {**SETTINGS, **changes, "output": str(folder / name)},
-        }
+    def job(name, world=1, **changes):
+        settings = {**SETTINGS, **changes, "output": str(folder / name)}
+        return {"world": world, "model": model.path, "cache": str(cache), "train": settings}
 
     def alone(name, **changes):
         train(model, TrainConfig(**job(name, **changes)["train"]), snapshot, Store(str(cache)))
 
     alone("full1", **FULL)
     alone("both1", **BOTH)
-    torchrun(
-        3,
-        [job("full3", **FULL), job("full-shard3", **FULL, parallel="shard"),
-         job("both-shard3", **BOTH, parallel="shard"), job("both-context3", **BOTH, context_parallel=3),
-         job("moving", **FULL, context_parallel=3, parallel="shard") | {"stop_at": 2}],
+    run_jobs(
+        "tests.train.ranks",
+        [job("full3", 3, **FULL), job("full-shard3", 3, **FULL, parallel="shard"),
+         job("both-shard3", 3, **BOTH, parallel="shard"), job("both-context3", 3, **BOTH, context_parallel=3),
+         job("moving", 3, **FULL, context_parallel=3, parallel="shard") | {"stop_at": 2}],
         folder,
     )  # fmt: skip
-    assert (folder / "moving" / "outcome").read_text() == "preempted"
+    assert (folder / "moving" / "outcomes").read_text() == "preempted\n"
     alone("moving", **FULL, async_save=True)
     return folder
 

@@ -1,18 +1,11 @@
 """Several ranks on this machine, over gloo: the curve must be that of one rank."""
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from manifests.config import ModelConfig
 from manifests.store import Store
-from tests.services import free_port
+from tests.ranks import run_jobs
 from tests.train.caches import distance, make_snapshot
 from train.adapters import read_adapter
 from train.config import TrainConfig
@@ -35,81 +28,44 @@ SETTINGS = {
 }
 
 
-def torchrun(num_ranks, jobs, folder, agents=1):
-    """Run jobs on the ranks of one torchrun, or of several that meet on this machine as on several."""
-    file = folder / f"jobs{num_ranks}.json"
-    file.write_text(json.dumps(jobs))
-    meeting = ["--standalone"]
-    if agents > 1:
-        meeting = [
-            f"--nnodes={agents}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test",
-            "--local-addr=127.0.0.1",
-        ]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={num_ranks // agents}"]
-    errors = folder / f"errors{num_ranks}.txt"
-    with open(errors, "w") as stream:
-        started = [
-            subprocess.Popen(
-                [*command, "-m", "tests.train.worker", str(file)],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stderr=stream,
-                start_new_session=True,
-            )
-            for _ in range(agents)
-        ]
-        try:
-            codes = [agent.wait(timeout=240) for agent in started]
-        finally:
-            for agent in started:
-                with contextlib.suppress(ProcessLookupError):  # the ranks are in the agent's session
-                    os.killpg(agent.pid, signal.SIGKILL)
-                agent.wait()
-    assert codes == [0] * agents, errors.read_text()[-4000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_checkpoint):
     """Folders of runs: alone; on 2, 3 and 4 ranks, replicated, sharded, sharing samples; and one that moved between.
 
-    The 4 ranks are those of two agents, as on two machines. Shares of a sample end on frames or inside them.
+    The 4 ranks are those of two machines. Shares of a sample end on frames or inside them.
     """
     folder = tmp_path_factory.mktemp("parallel")
     cache = folder / "cache"
     snapshot = make_snapshot(cache, tiny_checkpoint, shapes=(FRAMES_OF_6, FRAMES_OF_8, *[FRAMES_OF_6] * 3))
     model = ModelConfig(path=str(tiny_checkpoint))
 
-    def job(name, **changes):
+    def job(name, world=1, **changes):
         settings = {**SETTINGS, **changes, "output": str(folder / name)}
-        return {"model": model.path, "cache": str(cache), "train": settings}
+        return {"world": world, "model": model.path, "cache": str(cache), "train": settings}
 
     def alone(name, **changes):
         train(model, TrainConfig(**job(name, **changes)["train"]), snapshot, Store(str(cache)))
 
     alone("lora1")
     alone("dora1", method="dora")
-    torchrun(
-        2,
-        [job("lora2"), job("shard2", parallel="shard"), job("dora2", parallel="shard", method="dora"),
-         job("context2", context_parallel=2) | {"compile": True},
-         job("context-dora2", context_parallel=2, method="dora"),
-         job("moving", context_parallel=2) | {"stop_at": 2}],
-        folder,
-    )  # fmt: skip
-    assert (folder / "moving" / "outcome").read_text() == "preempted"
-    alone("moving", steps=4)
-    torchrun(
-        3,
-        [job("lora3"), job("shard3", parallel="shard"), job("context3", context_parallel=3, activation="selective"),
-         job("moving", context_parallel=3, parallel="shard", activation="full")],
-        folder,
-    )  # fmt: skip
-    torchrun(
-        4,
-        [job("lora4"), job("hybrid4", parallel="hybrid"), job("context4", context_parallel=4),
-         job("context-shard2x2", context_parallel=2, parallel="shard")],
-        folder,
-        agents=2,
-    )  # fmt: skip
+    two = [
+        job("lora2", 2), job("shard2", 2, parallel="shard"), job("dora2", 2, parallel="shard", method="dora"),
+        job("context2", 2, context_parallel=2) | {"compile": True},
+        job("context-dora2", 2, context_parallel=2, method="dora"),
+    ]  # fmt: skip
+    three = [
+        job("lora3", 3), job("shard3", 3, parallel="shard"),
+        job("context3", 3, context_parallel=3, activation="selective"),
+    ]  # fmt: skip
+    four = [
+        job("lora4", 4), job("hybrid4", 4, parallel="hybrid"), job("context4", 4, context_parallel=4),
+        job("context-shard2x2", 4, context_parallel=2, parallel="shard"),
+    ]  # fmt: skip
+    moving = [
+        job("moving", 2, context_parallel=2) | {"stop_at": 2}, job("moving", steps=4),
+        job("moving", 3, context_parallel=3, parallel="shard", activation="full"),
+    ]  # fmt: skip
+    run_jobs("tests.train.ranks", [*two, *three, *({**one, "machine": 2} for one in four), *moving], folder)
     return folder
 
 
@@ -140,10 +96,10 @@ def test_one_curve_and_one_adapter_on_any_ranks(runs, name, single):
     assert distance(state, reference) < 1e-5
 
 
-def test_the_run_was_stopped_on_two_ranks_and_finished_on_three(runs):
+def test_the_run_was_stopped_on_two_ranks_went_on_alone_and_was_finished_on_three(runs):
     states = sorted(path.name for path in (runs / "moving" / "checkpoints").iterdir())
     assert states == ["step_00000003", "step_00000004", "step_00000006"]
-    assert (runs / "moving" / "outcome").read_text() == "done"
+    assert (runs / "moving" / "outcomes").read_text().split() == ["preempted", "done", "done"]
 
 
 def test_auto_replicates_what_a_cpu_holds():

@@ -1,17 +1,15 @@
-"""Runs training jobs on the ranks of one torchrun, for tests: `-m tests.train.worker JOBS.json`.
+"""A rank that trains, for `tests.ranks`.
 
-A job is {"model": path, "cache": path, "train": {...}, "stop_at": step}; with `stop_at` the main rank gets a SIGTERM
-once that step's checkpoint is written. Into the job's output folder go `outcome`, how it ended, `held` and `trained`,
-how many frozen and trained values rank 0 holds, and where ranks share samples `compiled`, how far a compiled block is
-from an eager one.
+A job is {"world", "model": path, "cache": path, "train": {...}, "stop_at": step}; with `stop_at` the main rank gets a
+SIGTERM once that step's checkpoint is written. Into the job's output folder go `outcomes`, a line a job that says how
+it ended, `held` and `trained`, how many frozen and trained values rank 0 holds, and where ranks share samples
+`compiled`, how far a compiled block is from an eager one.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -82,18 +80,16 @@ def compiled_distance(job: dict, ranks: parallel.Ranks) -> float:
     return float((found[1] - found[0]).norm() / found[0].norm())
 
 
-def main() -> None:
+def run_rank(job: dict, index: int, rank: int) -> None:
     with parallel.join() as ranks:
-        for job in json.loads(Path(sys.argv[1]).read_text()):
-            outcome = run(job)
-            held, trained = held_values(job, ranks)
-            found = {"outcome": outcome, "held": str(held), "trained": str(trained)}
-            if job.get("compile"):
-                found["compiled"] = str(compiled_distance(job, ranks))
-            if ranks.is_main:
-                for name, value in found.items():
-                    (Path(job["train"]["output"]) / name).write_text(value)
-
-
-if __name__ == "__main__":
-    main()
+        outcome = run(job)
+        held, trained = held_values(job, ranks)
+        found = {"held": str(held), "trained": str(trained)}
+        if job.get("compile"):
+            found["compiled"] = str(compiled_distance(job, ranks))
+        if ranks.is_main:
+            output = Path(job["train"]["output"])
+            for name, value in found.items():
+                (output / name).write_text(value)
+            with (output / "outcomes").open("a") as outcomes:
+                outcomes.write(f"{outcome}\n")
