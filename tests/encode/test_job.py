@@ -10,75 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
-from encode.config import DataConfig, DatasetConfig, EncodeConfig, WindowsConfig
-from encode.job import EncodePlan, EncodeResult, finish_encode, plan_encode, run_encode
+from encode.config import DataConfig, DatasetConfig, WindowsConfig
+from encode.job import run_encode
 from manifests.cache import Cache
 from manifests.config import ModelConfig
-from manifests.errors import CorruptError, LatentlineError, UsageError
+from manifests.errors import CorruptError, UsageError
 from manifests.schema import KINDS
 from manifests.shards import read_tensors
 from manifests.snapshot import load_snapshot
+from tests.encode.small_job import NOTHING, Job
 from tests.encode.video_files import write_video
-
-CAPTIONS = {"a": "a circle", "b": "a square", "c": "a circle"}
-# Contexts: two captions, the null context, the default negative prompt.
-NOTHING = {"latents": 0, "context": 0}
-
-
-class Job:
-    """A folder of three videos of 20 frames at 10 fps, and the settings that encode it."""
-
-    def __init__(self, root: Path, checkpoint: Path) -> None:
-        self.root = root
-        self.model = ModelConfig(path=str(checkpoint))
-        self.cache = root / "cache"
-        self.data = DataConfig(datasets={"d": DatasetConfig(layout="folder", path=str(root / "data"))})
-        self.config = EncodeConfig(
-            cache=str(self.cache),
-            height=32,
-            width=48,
-            num_frames=9,
-            fps=10.0,
-            dtype="float32",
-            decode_workers=1,
-            executor="local",
-            max_failed=0.5,
-        )
-        (root / "data" / "metas").mkdir(parents=True)
-        (root / "data" / "videos").mkdir()
-        for number, (stem, caption) in enumerate(CAPTIONS.items()):
-            write_video(self.video(stem), 20 + number, fps=10)
-            self.caption(stem, caption)
-
-    def video(self, stem: str) -> Path:
-        return self.root / "data" / "videos" / f"{stem}.mp4"
-
-    def caption(self, stem: str, text: str) -> None:
-        (self.root / "data" / "metas" / f"{stem}.txt").write_text(text)
-
-    def plan(self, *, create: bool = True, retry: bool = False, **changes: Any) -> tuple[EncodeConfig, EncodePlan]:
-        config = replace(self.config, **changes)
-        planned = plan_encode(self.model, self.data, config, {"test": 1}, create=create, retry_quarantined=retry)
-        return config, planned
-
-    def encode(self, *, retry: bool = False, **changes: Any) -> EncodeResult:
-        config, planned = self.plan(retry=retry, **changes)
-        return finish_encode(config, planned, run_encode(self.model, config, planned))
-
-    def manifests(self, kind: str) -> list[dict[str, Any]]:
-        files = sorted((self.cache / "entries" / kind).glob("*.parquet"))
-        return [row for file in files for row in pq.read_table(file).to_pylist()]
-
-    def tars(self, kind: str) -> dict[str, bytes]:
-        return {file.name: file.read_bytes() for file in (self.cache / "entries" / kind).glob("*.tar")}
-
-
-@pytest.fixture
-def job(tmp_path: Path, tiny_checkpoint: Path) -> Job:
-    return Job(tmp_path, tiny_checkpoint)
 
 
 @contextmanager
@@ -206,130 +149,6 @@ def test_clips_of_a_table_become_samples_of_their_own(job: Job) -> None:
     latents = {s.captions[""]: read_tensors(store, s.latents)["latents"] for s in map(snapshot.sample, range(2))}
     assert set(latents) == {"first", "second"}
     assert (latents["first"] - latents["second"]).abs().max() > 0.1
-
-
-def test_a_video_that_cannot_be_opened_is_quarantined_and_the_others_kept(job: Job) -> None:
-    job.video("b").write_bytes(b"this is no video")
-    result = job.encode()
-    assert result.counts.samples == 2
-    ((video, start, end), error) = next(iter(result.quarantined.items()))
-    assert (video, start, end) == (str(job.video("b")), None, None)
-    assert error
-    assert "\n" not in error
-    (row,) = [row for row in job.manifests("latents") if row["status"] != "ok"]
-    assert (row["status"], row["source"], row["error"], row["shard"]) == ("quarantined", video, error, None)
-    assert {row["source"] for row in job.manifests("latents")} == {str(job.video(stem)) for stem in "abc"}
-
-
-def cut(path: Path) -> None:
-    """Damage the second half of a video, so that it opens but its frames do not decode."""
-    data = bytearray(path.read_bytes())
-    begin = data.find(b"mdat") + 4
-    data[begin : len(data) - 2000] = b"\xff" * (len(data) - 2000 - begin)
-    path.write_bytes(bytes(data))
-
-
-def test_a_video_whose_frames_do_not_decode_is_quarantined(job: Job) -> None:
-    cut(job.video("c"))
-    result = job.encode()
-    assert [Path(video).stem for video, _, _ in result.quarantined] == ["c"]
-    assert result.counts.samples == 2
-    assert job.encode().encoded == NOTHING
-    assert [Path(video).stem for video, _, _ in job.encode().quarantined] == ["c"]
-
-
-def test_a_video_too_short_is_quarantined_with_both_numbers(job: Job) -> None:
-    result = job.encode(num_frames=21)
-    (error,) = result.quarantined.values()
-    assert error == "too short: 20 frames at 10 fps, a window needs 21"
-    assert result.counts.samples == 2
-    (row,) = [row for row in job.manifests("latents") if row["status"] == "quarantined"]
-    assert row["error"] == error
-
-
-def test_a_repaired_video_is_a_new_source(job: Job) -> None:
-    good = job.video("b").read_bytes()
-    job.video("b").write_bytes(b"this is no video")
-    assert len(job.encode().quarantined) == 1
-    job.video("b").write_bytes(good)
-    result = job.encode()
-    assert result.encoded == {"latents": 1, "context": 0}
-    assert (result.counts.samples, result.quarantined) == (3, {})
-
-
-def test_quarantined_windows_are_tried_again_only_when_asked(job: Job) -> None:
-    job.video("b").write_bytes(b"this is no video")
-    job.encode()
-    assert job.plan()[1].missing == NOTHING
-    assert job.plan(create=False, retry=True)[1].missing == {"latents": 1, "context": 0}
-    assert len(job.encode(retry=True).quarantined) == 1
-
-
-def test_a_probe_that_failed_for_a_passing_reason_is_forgotten_on_a_retry(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    windows = WindowsConfig(mode="uniform", count=2)
-    # A decoder that never answers in time is what an overloaded file server looks like.
-    with monkeypatch.context() as patched:
-        patched.setattr("encode.survey.DecodePool", _Unlucky)
-        assert len(job.encode(windows=windows, max_failed=0.9).quarantined) == 1
-    assert len(job.encode(windows=windows).quarantined) == 1
-    retried = job.encode(windows=windows, retry=True)
-    assert (retried.quarantined, retried.counts.samples) == ({}, 6)
-    assert job.encode(windows=windows).counts.samples == 6
-
-
-class _Unlucky:
-    """A real pool that loses video b."""
-
-    def __init__(self, *arguments: Any) -> None:
-        from encode.pool import DecodePool
-
-        self._pool = DecodePool(*arguments)
-
-    def __enter__(self) -> _Unlucky:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.close()
-
-    def probe(self, path: Path) -> Any:
-        from encode.pool import DecoderLost
-
-        if path.stem == "b":
-            raise DecoderLost("took longer than 1 s")
-        return self._pool.probe(path)
-
-
-def test_too_many_unusable_videos_stop_the_job_before_it_encodes(job: Job) -> None:
-    for stem in "ab":
-        job.video(stem).write_bytes(f"no video {stem}".encode())
-    with pytest.raises(
-        LatentlineError, match=r"2 of 3 videos cannot be used, more than encode\.max_failed = 0\.5"
-    ) as error:
-        job.encode()
-    assert error.value.exit_code == 1
-    assert "\n" not in str(error.value)
-    assert not (job.cache / "snapshots").exists()
-    assert not job.tars("latents")
-
-
-def test_too_many_undecodable_videos_leave_no_snapshot_in_any_run(job: Job) -> None:
-    for stem in "ab":
-        cut(job.video(stem))
-    for _ in range(2):
-        with pytest.raises(LatentlineError, match=r"2 of 3 videos cannot be used"):
-            job.encode()
-        assert not (job.cache / "snapshots").exists()
-    assert job.encode(max_failed=0.7).counts.samples == 1
-
-
-def test_one_long_bad_video_is_one_video_however_many_windows_it_has(job: Job) -> None:
-    write_video(job.video("d"), 60, fps=10)
-    job.caption("d", "a long one")
-    cut(job.video("d"))
-    result = job.encode(windows=WindowsConfig(mode="slide", stride=1), max_failed=0.25)
-    assert len(result.quarantined) == 1
 
 
 def test_a_missing_caption_is_refused_before_anything_is_written(job: Job) -> None:
