@@ -6,9 +6,9 @@ import torch
 from diffusers import Cosmos2_5_PredictBasePipeline, CosmosTransformer3DModel
 from safetensors import safe_open
 
-from manifests.config import ModelConfig
 from manifests.errors import UsageError
 from tests.train.test_cosmos25 import make_batch
+from tests.train.weights import adapted, losses, randomise
 from train import cosmos25
 from train.adapters import (
     WEIGHTS_NAME,
@@ -30,28 +30,6 @@ PREDICT_2B = {
     "use_crossattn_projection": True,
     "crossattn_proj_in_channels": 100352,
 }
-
-
-@pytest.fixture
-def fresh(tiny_checkpoint):
-    return lambda dtype=torch.float32: cosmos25.load_transformer(ModelConfig(path=str(tiny_checkpoint)), dtype)
-
-
-def adapted(transformer, method="lora", **config):
-    add_adapter(transformer, method, LoraConfig(rank=4, **config), cosmos25.DEFAULT_TARGETS, seed=5)
-    return transformer
-
-
-def randomise(transformer):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter_parameters(transformer).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-@torch.no_grad()
-def losses(transformer):
-    return cosmos25.loss(transformer, make_batch(), ObjectiveConfig())
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

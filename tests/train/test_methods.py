@@ -34,11 +34,6 @@ def config(method="lora", **changes):
 
 
 @pytest.fixture
-def fresh(tiny_checkpoint):
-    return lambda dtype=torch.float32: cosmos25.load_transformer(ModelConfig(path=str(tiny_checkpoint)), dtype)
-
-
-@pytest.fixture
 def trained_with(fresh):
     def make(*arguments, **changes):
         transformer = fresh()

@@ -12,69 +12,17 @@ from torch.distributed.checkpoint import save as save_distributed
 
 from manifests.config import ModelConfig
 from manifests.errors import UsageError
-from tests.train.test_adapters import adapted, losses, randomise
+from tests.train.weights import adapted, losses, randomise, same, stored
 from train import cosmos25
 from train.adapters import WEIGHTS_NAME, load_adapter, save_adapter
 from train.formats.adapter import Adapter
 from train.weights import load_weights, save_weights
 
-NAMES = {"diffusers": "folder", "peft": "folder", "nvidia": "weights.pt", "comfyui": "weights.safetensors"}
 ADAPTER_NAMES = {
     "peft": "base_model.model.transformer_blocks.1.attn1.to_out.0.lora_A.weight",
     "nvidia": "net.blocks.1.self_attn.output_proj.lora_A.default.weight",
     "comfyui": "diffusion_model.blocks.1.self_attn.output_proj.lora_A.weight",
 }
-
-
-@pytest.fixture
-def fresh(tiny_checkpoint):
-    return lambda dtype=torch.float32: cosmos25.load_transformer(ModelConfig(path=str(tiny_checkpoint)), dtype)
-
-
-@pytest.fixture(params=["lora", "dora"])
-def adapter(request, fresh, tmp_path):
-    """The folder of a trained adapter whose alpha is not its rank, and the losses of the model that has it."""
-    transformer = adapted(fresh(), request.param, alpha=7.0)
-    randomise(transformer)
-    save_adapter(tmp_path / "adapter", transformer)
-    return tmp_path / "adapter", losses(transformer)
-
-
-@pytest.fixture
-def convert(tmp_path):
-    """Write a source in a format and return where it lies."""
-    made = []
-
-    def run(source, form, *, alpha=None, ema=False, **options):
-        made.append(source)
-        output = tmp_path / f"{len(made)}_{form}" / NAMES.get(form, "model")
-        save_weights(load_weights(source, alpha=alpha, ema=ema), form, output, **options)
-        return output
-
-    return run
-
-
-@pytest.fixture
-def base(tiny_checkpoint):
-    return ModelConfig(path=str(tiny_checkpoint))
-
-
-@pytest.fixture
-def tensors(tiny_checkpoint):
-    return safetensors.torch.load_file(tiny_checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(
-        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
-    )
-
-
-def stored(path):
-    if path.suffix == ".pt":
-        return torch.load(path, weights_only=True)
-    name = "adapter_model.safetensors" if (path / "adapter_config.json").is_file() else WEIGHTS_NAME
-    return safetensors.torch.load_file(path / name if path.is_dir() else path)
 
 
 def test_every_weight_has_an_original_name_and_no_two_share_it(tensors):
@@ -255,91 +203,3 @@ def test_weights_of_a_fine_tuned_base_are_completed_by_it(convert, tmp_path, bas
     safetensors.torch.save_file({}, run / WEIGHTS_NAME)
     with pytest.raises(UsageError, match="beside a LoRA"):
         load_weights(run)
-
-
-class Hostile:
-    def __reduce__(self):
-        return print, ("this must not run",)
-
-
-def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
-    torch.save({"net.blocks.0.self_attn.q_proj.weight": Hostile()}, tmp_path / "bad.pt")
-    with pytest.raises(UsageError, match="weights_only"):
-        load_weights(tmp_path / "bad.pt")
-    assert "must not run" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("form", ["nvidia", "comfyui"])
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda state: {n.replace("q_proj", "q_prj"): t for n, t in state.items()}, "matches nothing in the model"),
-        (lambda state: {n: t for n, t in state.items() if "1.mlp.layer2.lora_B" not in n}, "has no lora_B.weight"),
-        (
-            lambda state: {n: t[:, :3] if "lora_A" in n else t[:-1] if "lora_B" in n else t for n, t in state.items()},
-            "adapts a|magnitudes",
-        ),
-        (lambda state: {n: t * float("nan") for n, t in state.items()}, "not finite"),
-    ],
-    ids=["unknown name", "half a module", "other shapes", "not finite"],
-)
-def test_a_foreign_adapter_that_does_not_fit_is_one_line(adapter, convert, tmp_path, base, form, edit, message):
-    there = convert(adapter[0], form)
-    state = {name: tensor.contiguous() for name, tensor in edit(stored(there)).items()}
-    bad = tmp_path / f"bad{there.suffix}"
-    torch.save(state, bad) if form == "nvidia" else safetensors.torch.save_file(state, bad)
-    with pytest.raises(UsageError, match=message) as caught:
-        convert(bad, "diffusers", alpha=7.0, base=base)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "2_diffusers" / "folder").exists()
-
-
-def test_an_alpha_is_never_guessed(adapter, convert, tmp_path):
-    folder, _ = adapter
-    with pytest.raises(UsageError, match="pass --alpha"):
-        load_weights(convert(folder, "nvidia"))
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    safetensors.torch.save_file(stored(folder), bare / WEIGHTS_NAME)
-    with pytest.raises(UsageError, match="pass --alpha"):
-        load_weights(bare)
-    assert load_weights(bare, alpha=7).weights.config["lora_alpha"] == 7
-    with pytest.raises(UsageError, match="--alpha 9 does not"):
-        load_weights(folder, alpha=9)
-    comfy = convert(folder, "comfyui")
-    safetensors.torch.save_file({n: t for n, t in stored(comfy).items() if not n.endswith("alpha")}, comfy)
-    with pytest.raises(UsageError, match=r"has no alpha; pass --alpha"):
-        load_weights(comfy)
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda state: dict(list(state.items())[1:]), "is a weight of the base model and missing"),
-        (lambda state: state | {"net.blocks.9.mlp.layer1.weight": torch.zeros(2)}, "is not a weight of the base"),
-        (lambda state: state | {"net.blocks.0.mlp.layer3.weight": torch.zeros(2)}, "'net.blocks.0.mlp.layer3.weight'"),
-        (lambda state: state | {"other": torch.zeros(2)}, "'other' begins with neither"),
-        (lambda state: state | {"net.final_layer.linear.weight": torch.zeros(2, 2)}, r"proj_out.weight is \[2, 2\]"),
-    ],
-    ids=["missing", "another block", "unknown", "no prefix", "shape"],
-)
-def test_a_full_model_that_does_not_fit_names_the_weight(convert, tmp_path, tiny_checkpoint, base, edit, message):
-    state = edit(stored(convert(tiny_checkpoint, "nvidia")))
-    torch.save(state, tmp_path / "bad.pt")
-    with pytest.raises(UsageError, match=message):
-        convert(tmp_path / "bad.pt", "diffusers", base=base)
-
-
-def test_what_cannot_be_written_is_said_before_anything_is(adapter, convert, tmp_path, tiny_checkpoint):
-    with pytest.raises(UsageError, match="needs --base"):
-        convert(adapter[0], "model")
-    with pytest.raises(UsageError, match="this is a full model"):
-        convert(tiny_checkpoint, "peft")
-    with pytest.raises(UsageError, match=r"writes a \.pt file"):
-        save_weights(load_weights(adapter[0]), "nvidia", tmp_path / "folder")
-    with pytest.raises(UsageError, match="there already"):
-        save_weights(load_weights(adapter[0]), "peft", adapter[0])
-    with pytest.raises(UsageError, match="--ema is for NVIDIA"):
-        load_weights(adapter[0], ema=True)
-    with pytest.raises(UsageError, match=r"did you mean .*adapter\?"):
-        load_weights(tmp_path)
