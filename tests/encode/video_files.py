@@ -12,6 +12,9 @@ import av
 import numpy as np
 
 BITS = 8
+NUM_FRAMES = 120
+B_FRAMES = {"options": {"bf": "3", "g": "60", "x264-params": "b-pyramid=normal:scenecut=0"}}
+"""Settings of a file with long groups of pictures and B-frames that refer to B-frames."""
 
 
 def numbered_picture(number: int, height: int, width: int) -> np.ndarray:
