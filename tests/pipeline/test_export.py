@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.infer.conftest import pipe, save_adapter
-from tests.pipeline.test_cli import Latentline, latentline, place
+from tests.command import latentline
+from tests.infer.conftest import save_adapter
 
-__all__ = ["latentline", "pipe", "place", "save_adapter"]
+__all__ = ["save_adapter"]
 
 
-def test_an_adapter_to_nvidia_and_back(latentline: Latentline, save_adapter, tiny_checkpoint, tmp_path: Path) -> None:
+def test_an_adapter_to_nvidia_and_back(save_adapter, tiny_checkpoint, tmp_path: Path) -> None:
     folder = save_adapter(alpha=6.0, dora=True)
     there, back = tmp_path / "out" / "adapter.pt", tmp_path / "out" / "back"
     outcome = latentline("export", folder, "--to", "nvidia", "--output", there, "--base", tiny_checkpoint, "--json")
@@ -32,15 +32,13 @@ def test_an_adapter_to_nvidia_and_back(latentline: Latentline, save_adapter, tin
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_comfyui_is_labelled_untested(latentline: Latentline, save_adapter, tmp_path: Path) -> None:
+def test_comfyui_is_labelled_untested(save_adapter, tmp_path: Path) -> None:
     outcome = latentline("export", save_adapter(), "--to", "comfyui", "--output", tmp_path / "a.safetensors")
     assert outcome.code == 0
     assert "untested" in outcome.err
 
 
-def test_a_fused_model_generates_what_base_and_adapter_do(
-    latentline: Latentline, place, save_adapter, tmp_path: Path
-) -> None:
+def test_a_fused_model_generates_what_base_and_adapter_do(place, save_adapter, tmp_path: Path) -> None:
     folder = save_adapter(alpha=8.0)
     fused, base = tmp_path / "fused", place.values["model"]["path"]
     assert latentline("export", folder, "--to", "model", "--base", base, "--output", fused).code == 0
@@ -60,7 +58,7 @@ def _frames(video: Path) -> torch.Tensor:
     return torch.stack([torch.from_numpy(frame).float() for frame in read_frames(video)])
 
 
-def test_other_formats_are_pointed_to_export(latentline: Latentline, place, tmp_path: Path) -> None:
+def test_other_formats_are_pointed_to_export(place, tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"")
     for arguments in (
         ("infer", place.recipe, "x", "--no-guardrail", "--adapter", tmp_path / "model.pt"),
@@ -71,7 +69,7 @@ def test_other_formats_are_pointed_to_export(latentline: Latentline, place, tmp_
         assert "latentline export" in outcome.error()
 
 
-def test_what_is_not_there_is_one_line(latentline: Latentline, tmp_path: Path) -> None:
+def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     for source, message in ((tmp_path / "none", "no such file"), (tmp_path, "is in this folder")):
         outcome = latentline("export", source, "--to", "peft", "--output", tmp_path / "out")
         assert outcome.code == 2

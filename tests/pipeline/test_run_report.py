@@ -16,10 +16,8 @@ from infer.video import write_mp4
 from pipeline.charts import smoothed
 from pipeline.recipe import load_recipe, write_resolved
 from pipeline.run_report import write_report
-from tests.pipeline.test_cli import Latentline, latentline
+from tests.command import latentline
 from tests.services import browse, photograph
-
-__all__ = ["latentline"]
 
 HOURS_AGO = 3 * 3600
 SIGMAS = ("0.1", "0.25", "0.5", "0.75", "0.95")
@@ -103,7 +101,7 @@ def test_charts_are_visible_in_both_colour_schemes(
     assert np.ptp(drawn[1]) > 700, "lines in both columns of charts"
 
 
-def test_states_of_a_run(run: Path, tmp_path: Path, latentline: Latentline) -> None:
+def test_states_of_a_run(run: Path, tmp_path: Path) -> None:
     assert write_report(run)["state"] == "Running"
     assert "Step 60 of 1,000" in text_of(run)
     metrics = run / "metrics.jsonl"
@@ -154,7 +152,7 @@ def test_one_record_is_a_point(tmp_path: Path) -> None:
     assert "There is no recipe.toml" in text_of(tmp_path)
 
 
-def test_a_folder_that_is_no_run_is_one_line(latentline: Latentline, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path) -> None:
     for folder, message in ((tmp_path / "none", "no such folder"), (tmp_path, "neither recipe.toml nor metrics.jsonl")):
         outcome = latentline("report", folder)
         assert outcome.code == 2
