@@ -7,13 +7,12 @@ import shutil
 
 import pytest
 
-from tests.pipeline.test_cli import Latentline, Place, latentline, place
-
-__all__ = ["latentline", "place"]
+from tests.command import latentline
+from tests.pipeline.places import Place
 
 
 @pytest.mark.parametrize("part", ["video", "folder"])
-def test_a_path_that_is_not_utf8_is_one_line(latentline: Latentline, place: Place, part: str) -> None:
+def test_a_path_that_is_not_utf8_is_one_line(place: Place, part: str) -> None:
     if part == "video":
         for file in (*(place.data / "videos").glob("00_*"), *(place.data / "metas").glob("00_*")):
             stem = os.fsencode(file.parent) + b"/caf\xe9"
@@ -28,7 +27,7 @@ def test_a_path_that_is_not_utf8_is_one_line(latentline: Latentline, place: Plac
     assert "\\udce9" in outcome.error()
 
 
-def test_a_caption_with_half_a_character_is_one_line(latentline: Latentline, place: Place) -> None:
+def test_a_caption_with_half_a_character_is_one_line(place: Place) -> None:
     for file in (place.data / "metas").iterdir():
         (place.data / "captions").mkdir(exist_ok=True)
         (place.data / "captions" / f"{file.stem}.json").write_text('{"caption": "a cup \\ud83d"}')
@@ -38,7 +37,7 @@ def test_a_caption_with_half_a_character_is_one_line(latentline: Latentline, pla
     assert "4 captions with half a character" in outcome.error()
 
 
-def test_a_prompt_with_half_a_character_is_one_line(latentline: Latentline, place: Place) -> None:
+def test_a_prompt_with_half_a_character_is_one_line(place: Place) -> None:
     requests = place.root / "in.json"
     requests.write_text('[{"name": "a", "prompt": "a cup \\ud83d"}]')
     outcome = latentline("infer", place.recipe, requests, "--no-guardrail")

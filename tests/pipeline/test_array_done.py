@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from tests.pipeline.test_cli import Latentline, Place, encoded, latentline
+from tests.command import latentline
+from tests.pipeline.places import Place
 
-__all__ = ["encoded", "latentline"]
 
-
-def test_an_array_task_that_comes_when_all_is_done_has_nothing_to_do(latentline: Latentline, encoded: Place) -> None:
+def test_an_array_task_that_comes_when_all_is_done_has_nothing_to_do(encoded: Place) -> None:
     outcome = latentline("encode", encoded.recipe, "--task", "5", "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["samples"] == 8

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from manifests.errors import LatentlineError
+from tests.command import latentline
 from tests.infer.conftest import pipe, save_adapter
-from tests.pipeline.test_cli import Latentline, latentline
 from tests.small_files import small_files
 from train.config import TrackConfig
 from train.metrics import METRICS_NAME, Metrics
 
-__all__ = ["latentline", "pipe", "save_adapter"]
+__all__ = ["pipe", "save_adapter"]
 
 
 @pytest.mark.parametrize(("to", "name"), [("peft", "folder"), ("nvidia", "a.pt"), ("comfyui", "a.safetensors")])
-def test_export(latentline: Latentline, save_adapter, tmp_path: Path, to: str, name: str) -> None:
+def test_export(save_adapter, tmp_path: Path, to: str, name: str) -> None:
     output = tmp_path / "out" / name
     source = save_adapter()
     with small_files(200):
@@ -36,14 +36,14 @@ def test_metrics(tmp_path: Path) -> None:
     metrics.close()
 
 
-def test_a_folder_that_cannot_be_made(latentline: Latentline, save_adapter, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(save_adapter, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     outcome = latentline("export", save_adapter(), "--to", "peft", "--output", tmp_path / "file" / "folder")
     assert outcome.code == 2
     assert "file cannot be made" in outcome.error()
 
 
-def test_a_folder_nobody_may_write_to(latentline: Latentline) -> None:
+def test_a_folder_nobody_may_write_to() -> None:
     outcome = latentline("demo", "--output", "/sys/latentline")
     assert outcome.code == 1
     assert "/sys/latentline" in outcome.err.splitlines()[-1]
