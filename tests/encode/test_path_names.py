@@ -8,7 +8,10 @@ import shutil
 import pytest
 
 from tests.command import latentline
+from tests.pipeline.conftest import place
 from tests.pipeline.places import Place
+
+__all__ = ["place"]
 
 
 @pytest.mark.parametrize("part", ["video", "folder"])
