@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from encode.config import EncodeConfig
@@ -40,6 +40,7 @@ STOP_SECONDS = 1.5
 _REASON_CHARACTERS = 240
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 30.0
+_NODE_SECONDS = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -232,7 +233,13 @@ class _Driver:
     def _node_died(self, slot: _Slot, error: RayError | str) -> bool:
         if isinstance(error, RayActorError) and (error.preempted or "its node has died" in str(error)):
             return True
-        return any(node["NodeID"] == slot.node and not node["Alive"] for node in ray.nodes())
+        # The calls to a lost node fail before Ray misses the node.
+        until = time.monotonic() + (_NODE_SECONDS if isinstance(error, ActorUnavailableError) else 0)
+        while not any(node["NodeID"] == slot.node and not node["Alive"] for node in ray.nodes()):
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def _blame(self, attempt: _Attempt, keys: tuple[str, ...], reason: str) -> None:
         for key in keys:

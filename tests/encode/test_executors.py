@@ -147,7 +147,10 @@ def test_a_replaced_encoder_waits_for_the_gpu_its_predecessor_held(make_job: Cal
     assert len(job.encoders()) > 1
 
 
-def test_a_dead_node_loses_nothing(make_job: Callable[..., Job]) -> None:
+def test_a_dead_node_loses_nothing_and_is_nobodys_fault(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("encode.ray_executor.MAX_ATTEMPTS", 1)
     job = make_job(encoders=1)
     with ray_cluster(0) as cluster:
         node = cluster.add_node(num_cpus=1)
