@@ -77,14 +77,26 @@ def to_toml(values: dict[str, Any]) -> str:
 
 
 def write_resolved(recipe: Recipe, folder: Path) -> None:
-    """Write the resolved recipe beside an output, whole or not at all."""
-    temporary = folder / ".recipe.toml.part"
+    """Write the resolved recipe beside an output, whole or not at all; never over a recipe that a person wrote."""
+    target, temporary = folder / "recipe.toml", folder / ".recipe.toml.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not _is_resolved(target.read_bytes()):
+            raise UsageError(f"output {folder}: {target} was not made by latentline; choose another folder, or move it")
         temporary.write_text(to_toml(resolved(recipe)), encoding="utf-8")
-        temporary.replace(folder / "recipe.toml")
+        temporary.replace(target)
     except OSError as error:
         raise UsageError(f"output {folder}: cannot be a folder to write to: {error.strerror or error}") from error
+
+
+def _is_resolved(text: bytes) -> bool:
+    """Whether a recipe is whole and as `to_toml` writes it, without a comment or a line of its own."""
+    try:
+        values = tomllib.loads(text.decode())
+    except ValueError:
+        return False
+    sections = {field.name for field in dataclasses.fields(Recipe)}
+    return sections <= values.keys() and tomli_w.dumps(values).encode() == text
 
 
 def _without_none(value: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from manifests.errors import UsageError
 from pipeline.cli import _task
 from pipeline.launch import count_gpus
-from pipeline.recipe import load_recipe
+from pipeline.recipe import load_recipe, resolved, to_toml, write_resolved
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,16 @@ def test_digits_that_are_no_number_are_one_line(text: str) -> None:
             read(text)
     with pytest.raises(UsageError, match="--task"):
         _task(f"0/{text}")
+
+
+def test_a_recipe_that_a_person_wrote_is_not_written_over(tmp_path: Path) -> None:
+    recipe = load_recipe("demo")
+    whole = to_toml(resolved(recipe))
+    for text in (f"# mine\n{whole}", 'model.path = "a"\n', "a = 1\n", "not a recipe"):
+        (tmp_path / "recipe.toml").write_text(text)
+        with pytest.raises(UsageError, match=r"recipe\.toml was not made by latentline"):
+            write_resolved(recipe, tmp_path)
+        assert (tmp_path / "recipe.toml").read_text() == text
+    (tmp_path / "recipe.toml").write_text(whole)
+    write_resolved(load_recipe("demo", ["train.steps=7"]), tmp_path)
+    assert "steps = 7" in (tmp_path / "recipe.toml").read_text()
