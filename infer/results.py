@@ -66,12 +66,23 @@ class Result:
         return record
 
 
+def _weights(path: Path) -> str:
+    """The digest of a file of weights. safetensors writes the same metadata in any order: that makes no difference."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length < path.stat().st_size else None
+        except ValueError:  # another format
+            header = None
+    return file_digest(path) if header is None else digest([header, file_digest(path, 8 + length)])
+
+
 def fingerprints(
     model: ModelConfig, config: InferConfig, requests: Sequence[Request], *, guardrail: bool
 ) -> dict[str, str]:
     """The fingerprint of each request's video, by name. Weights are read once, then remembered by file."""
     adapters = [
-        [[file_digest(path) for path in weight_files(adapter)], adapter.weight, adapter.sigma_min, adapter.sigma_max]
+        [[_weights(path) for path in weight_files(adapter)], adapter.weight, adapter.sigma_min, adapter.sigma_max]
         for _, adapter in sorted(config.adapters.items())
     ]
     shared = [
