@@ -19,15 +19,6 @@ from tests.manifests.filled import entry, flip_bit, latents_row, make_cache
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def remote(tmp_path):
-    """A store with 40 objects of 1,000 bytes."""
-    store = Store(tmp_path / "remote", create=True)
-    for number in range(40):
-        store.write(f"entries/{number:02d}", bytes([number]) * 1000)
-    return store
-
-
 def cached(remote: Store, tmp_path: Path, limit: int = 10**6) -> CachedStore:
     return CachedStore(remote.url, tmp_path / "local", limit)
 

@@ -6,15 +6,6 @@ import pytest
 
 from manifests.errors import UsageError
 from manifests.local_cache import CachedStore
-from manifests.store import Store
-
-
-@pytest.fixture
-def remote(tmp_path):
-    store = Store(tmp_path / "remote", create=True)
-    for number in range(40):
-        store.write(f"entries/{number:02d}", bytes([number]) * 1000)
-    return store
 
 
 def test_files_of_the_users_are_neither_counted_nor_removed(remote, tmp_path):
